@@ -48,7 +48,8 @@ from dftserve.targets import store
 from dftserve.targets.document import Document, load_tokenizer
 from dftserve.targets.ngram import Ngram
 from dftserve.train.config import DivergenceConfig, TrainConfig
-from dftserve.train.run import Prepared, finish, make_trainer, prepare
+from dftserve.train.finish import finish
+from dftserve.train.prepare import Prepared, make_trainer, prepare
 
 from provenance import machine, versions
 

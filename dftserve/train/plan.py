@@ -17,17 +17,10 @@ from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Taken
 from dftserve.train.feature_matching import FeatureMatching
 from dftserve.train.head import CHUNK_ELEMENTS
+from dftserve.train.material import Material, cut_shown, steps_of, steps_of_epoch
 from dftserve.train.model import enable_checkpointing
-from dftserve.train.run import (
-    Material,
-    cut_shown,
-    matching_of,
-    of_first_candidate,
-    prepare,
-    probe_steps,
-    steps_of,
-    steps_of_epoch,
-)
+from dftserve.train.prepare import matching_of, prepare
+from dftserve.train.target_weight import of_first_candidate, probe_steps
 
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adafactor": 0, "sgd": 0}
 """Optimizer state per trained parameter: AdamW has two float32 moments, Adafactor one per row and

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,3 +135,9 @@ def _store() -> Any:
 
 _exchanges = itertools.count()
 """Numbers the exchanges, for separate keys in the store."""
+
+
+def say(line: str) -> None:
+    """Print to standard error, in the first process only."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)

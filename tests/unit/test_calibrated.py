@@ -32,8 +32,9 @@ from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
 from dftserve.train.config import TrainConfig
 from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
+from dftserve.train.finish import promise
+from dftserve.train.material import read
 from dftserve.train.profile import Profile
-from dftserve.train.run import promise, read
 from tests.training import Noise, documents, save_model, save_store, save_texts, small_model
 
 V = 12

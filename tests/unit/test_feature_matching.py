@@ -31,7 +31,8 @@ from dftserve.train.feature_matching import (
 from dftserve.train.head import head_loss
 from dftserve.train.model import attach
 from dftserve.train.plan import plan_of
-from dftserve.train.run import make_trainer, matching_of, prepare, train
+from dftserve.train.prepare import make_trainer, matching_of, prepare
+from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, SMALL, VOCABULARY, save_model, save_store, small_model

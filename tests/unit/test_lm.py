@@ -25,7 +25,8 @@ from dftserve.lm import (
 from dftserve.targets.run import Job, build
 from dftserve.train.config import TrainConfig
 from dftserve.train.plan import plan_of
-from dftserve.train.run import prepare, train
+from dftserve.train.prepare import prepare
+from dftserve.train.run import train
 from tests.training import SMALL, VOCABULARY, save_model, save_store, small_model, tokenizer
 
 RESCALED = {

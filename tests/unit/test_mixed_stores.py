@@ -32,11 +32,15 @@ from dftserve.train import config as configs
 from dftserve.train.config import DivergenceConfig, StoreConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, joined, one_a_row, packed, pieces
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
+from dftserve.train.finish import profile
+from dftserve.train.material import read, steps_of
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
-from dftserve.train.run import _differs, make_trainer, prepare, profile, read, steps_of, train
+from dftserve.train.prepare import make_trainer, prepare
+from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.stores import store_names
+from dftserve.train.target_weight import differs
 from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, tokenizer
 
 
@@ -441,9 +445,9 @@ def test_a_difference_between_stores_does_not_hide_one_between_candidates():
     ours_B2 = theirs_B2.copy()
     ours_B2[:4, 0] += [1.0, 1.01, 0.99, 1.0]
     ours_B2[4:, 0] -= [0.6, 0.61, 0.59, 0.6]
-    assert not _differs(ours_B2, theirs_B2, ())
-    assert _differs(ours_B2, theirs_B2, (4, 4))
-    assert not _differs(ours_B2, theirs_B2, (1, 7)), "batches differ more than candidates"
+    assert not differs(ours_B2, theirs_B2, ())
+    assert differs(ours_B2, theirs_B2, (4, 4))
+    assert not differs(ours_B2, theirs_B2, (1, 7)), "batches differ more than candidates"
 
 
 def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
@@ -453,9 +457,9 @@ def test_a_store_of_one_batch_does_not_hide_a_difference_between_candidates():
     theirs_B2[39] = [4000 * 1.2, 1200]
     ours_B2 = theirs_B2.copy()
     ours_B2[:, 0] -= theirs_B2[:, 1] * source.uniform(0.9, 1.0, 40)
-    assert _differs(ours_B2, theirs_B2, (39, 1))
-    assert _differs(ours_B2, theirs_B2, (1, 39))
-    assert not _differs(ours_B2[:1], theirs_B2[:1], (1,)), "one batch cannot show a difference"
+    assert differs(ours_B2, theirs_B2, (39, 1))
+    assert differs(ours_B2, theirs_B2, (1, 39))
+    assert not differs(ours_B2[:1], theirs_B2[:1], (1,)), "one batch cannot show a difference"
 
 
 @pytest.mark.parametrize("counts", [(1, 39), (39, 1), (1, 1, 38), (1, 1), (20, 20)])
@@ -469,7 +473,7 @@ def test_equal_candidates_are_seldom_found_different(counts):
         theirs_B2 = np.stack([np.zeros(number), tokens_B], axis=1)
         spread_B = source.normal(size=number)
         ours_B2 = np.stack([tokens_B * spread_B, tokens_B], axis=1)
-        differing += _differs(ours_B2, theirs_B2, counts)
+        differing += differs(ours_B2, theirs_B2, counts)
     # With many batches 5 % are expected; with two, as for a store of two batches, 30 %.
     assert differing <= (0.35 if min(counts) == 1 else 0.08) * 400
 

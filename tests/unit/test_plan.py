@@ -12,10 +12,10 @@ import pytest
 from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.store import MANIFEST
 from dftserve.train import plan as plans
-from dftserve.train import run as runs
+from dftserve.train import prepare
 from dftserve.train.config import DivergenceConfig, TrainConfig, load
+from dftserve.train.material import read
 from dftserve.train.plan import plan_of
-from dftserve.train.run import read
 from tests.conftest import ROOT
 from tests.training import save_model, save_store
 
@@ -47,13 +47,13 @@ def test_memory_includes_what_the_process_already_holds(config):
 
 def test_memory_includes_the_weights_once(config, monkeypatch):
     """Memory that is allocated while the model is loaded is not counted as the process's."""
-    allocated, before, load_model = [], plan_of(config), runs.load_model
+    allocated, before, load_model = [], plan_of(config), prepare.load_model
 
     def heavy(*given):
         allocated.append(np.ones(EXTRA, dtype=np.uint8))
         return load_model(*given)
 
-    monkeypatch.setattr(runs, "load_model", heavy)
+    monkeypatch.setattr(prepare, "load_model", heavy)
     assert plan_of(config).process_bytes - before.process_bytes < EXTRA // 2
     assert len(allocated) == 1
 

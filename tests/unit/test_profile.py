@@ -12,7 +12,7 @@ from dftserve.spec import parse
 from dftserve.targets.store import TargetStore
 from dftserve.train import profile
 from dftserve.train.data import Collator, Rows, model_inputs
-from dftserve.train.run import _some
+from dftserve.train.material import some_rows
 from tests.training import save_store, small_model
 
 STOPS = frozenset({1})
@@ -28,7 +28,7 @@ def batches(tmp_path_factory) -> list:
     store = TargetStore(save_store(tmp_path_factory.mktemp("targets") / "store"))
     rows = Rows(store, "train", longest=64, packing=True, seed=0)
     collate = Collator(packing=True)
-    return [collate(_some(rows, 200)[:2]), collate(_some(rows, 200)[2:])]
+    return [collate(some_rows(rows, 200)[:2]), collate(some_rows(rows, 200)[2:])]
 
 
 def _logits(model, batches) -> torch.Tensor:

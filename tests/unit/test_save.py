@@ -16,7 +16,9 @@ from dftserve.train.data import Collator, Rows
 from dftserve.train.divergences import SFT
 from dftserve.train.model import attach
 from dftserve.train.plan import plan_of
-from dftserve.train.run import SaveError, make_trainer, prepare, train
+from dftserve.train.prepare import make_trainer, prepare
+from dftserve.train.run import train
+from dftserve.train.save import SaveError
 from tests.training import SMALL, save_model, save_store, small_model, tokenizer
 
 

@@ -28,20 +28,13 @@ from dftserve.train import run_folder
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
+from dftserve.train.material import read, warmup_of
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
 from dftserve.train.plan import plan_of
-from dftserve.train.run import (
-    load_model,
-    make_trainer,
-    narrowed,
-    prepare,
-    probe_steps,
-    read,
-    train,
-    warmup_of,
-    weights_shown,
-)
+from dftserve.train.prepare import load_model, make_trainer, narrowed, prepare
+from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
+from dftserve.train.target_weight import probe_steps, weights_shown
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_config, save_model, save_store, small_model
 
@@ -198,7 +191,8 @@ GRADIENTS = """
     from torch.distributed.tensor import DTensor
     from dftserve.train.config import load
     from dftserve.train.model import attach
-    from dftserve.train.run import make_trainer, read
+    from dftserve.train.material import read
+    from dftserve.train.prepare import make_trainer
     from tests.cpu_fsdp import shard_on_cpus
     from tests.training import small_model
     shard_on_cpus()
@@ -268,7 +262,7 @@ EVALUATED = """
     import json, sys
     from pathlib import Path
     from dftserve.train.config import load
-    from dftserve.train.run import make_trainer, prepare
+    from dftserve.train.prepare import make_trainer, prepare
     from tests.cpu_fsdp import shard_on_cpus
     shard_on_cpus()
     config = load(Path(sys.argv[1]), {})
@@ -306,7 +300,7 @@ STOPPED = """
     from pathlib import Path
     from transformers import TrainerCallback
     from dftserve.train.config import load
-    from dftserve.train.run import make_trainer, prepare
+    from dftserve.train.prepare import make_trainer, prepare
     from dftserve.train.trainer import StopOnSignal
     config = load(Path(sys.argv[1]), {})
     prepared = prepare(config)
@@ -815,7 +809,7 @@ def test_every_synonym_suggests_a_setting():
 @pytest.mark.parametrize(("fsdp", "most"), [(True, 256), (False, None)])
 def test_checks_on_the_cpu_of_a_gpu_run_are_short_and_say_so(run, monkeypatch, capsys, fsdp, most):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("dftserve.train.run._device", lambda config: torch.device("cpu"))
+    monkeypatch.setattr("dftserve.train.prepare._device", lambda config: torch.device("cpu"))
     limits = []
     for name in ("packing_leak", "check_batch"):
         monkeypatch.setattr(

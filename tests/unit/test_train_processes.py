@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from dftserve.train import processes, run_folder
 from dftserve.train.config import FeatureMatchingConfig, StoreConfig, TrainConfig
-from dftserve.train.run import read, steps_of_epoch, train
+from dftserve.train.material import read, steps_of_epoch
+from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from tests.training import save_config, save_model, save_sealed, save_store
 

@@ -1,0 +1,151 @@
+"""The final checkpoint of a run: measured, written and read back."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dftserve import atomic, checkpoint, lm
+from dftserve.spec import Promise
+from dftserve.targets.calibrated import is_refused
+from dftserve.train import processes
+from dftserve.train.config import TrainConfig
+from dftserve.train.data import Rows
+from dftserve.train.divergences import DIVERGENCES
+from dftserve.train.material import Material, some_rows
+from dftserve.train.prepare import Prepared, load_model
+from dftserve.train.profile import Profile, measure
+from dftserve.train.run_folder import targets_digest
+from dftserve.train.save import check_reloaded, nll
+from dftserve.train.stores import NamedStore, source_of
+from dftserve.train.trainer import DFTTrainer
+
+ADAPTER = "adapter"
+PROFILE_TOKENS = 20_000
+
+
+def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) -> Prepared | None:
+    """The trained model, or an unsharded copy of it; None in all processes but the first."""
+    if not trainer.is_fsdp_enabled:
+        return prepared if trainer.is_world_process_zero() else None
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    loaded = load_model(config, prepared.material)
+    loaded.model.load_state_dict(weights)
+    return replace(prepared, loaded=loaded)
+
+
+def finish(
+    folder: Path,
+    config: TrainConfig,
+    prepared: Prepared,
+    *,
+    steps: int,
+    figures: Mapping[str, float],
+) -> None:
+    """Write the checkpoint and read it back; a failed one is not kept."""
+    model, material = prepared.loaded.model, prepared.material
+    model.eval()
+    source = source_of(material.stores)
+    if len(material.heldout):
+        what = "next-token entropies" if is_refused(source) else "the diversity to suggest"
+        processes.say(f"Measuring {what}, on held-out text.")
+    seen = profile(prepared.loaded.language_model, config, material)
+    promised = promise(config, seen, source)
+    if promised.diversity is not None:
+        processes.say(f"Suggested: diversity {promised.diversity.level:g} (dft.json).")
+    data = {
+        "model": Path(config.model).name,
+        "weights": material.weights,
+        **_data_of(material.stores),
+        "packing": {
+            "used": material.collate.packing,
+            "refused_because": prepared.not_packed_because,
+        },
+    }
+    measured = {name.removeprefix("final_"): value for name, value in figures.items()}
+    run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
+    processes.say(f"Writing {folder}, and reading it back.")
+    if config.weights == "bf16":
+        # Merging in bf16 would round away small adapters; the CPU has memory for float32.
+        model.to("cpu", torch.float32)
+    sample = material.collate(some_rows(material.heldout, 1) or some_rows(material.train, 1))
+    trained = nll(prepared.loaded.language_model, sample)
+    with atomic.folder(folder) as made, checkpoint.writing(folder):
+        if config.lora is not None:
+            model.save_pretrained(made / ADAPTER)
+            model = model.merge_and_unload()
+        model.save_pretrained(made)
+        material.tokenizer.save_pretrained(made)
+        check_reloaded(made, trained, sample)
+        checkpoint.describe(made, promised, run)
+        checkpoint.seal(made)
+
+
+def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
+    """Digests of the targets, the corpus and the tokenizer; those of several stores by name."""
+    plans = {each.name: each.store.manifest.plan for each in stores}
+    digests = {
+        "targets": {each.name: targets_digest(each.store.folder) for each in stores},
+        "corpus": {name: plan.corpus_blake3 for name, plan in plans.items()},
+    }
+    if len(stores) == 1:
+        digests = {what: next(iter(by_name.values())) for what, by_name in digests.items()}
+    return {**digests, "tokenizer": stores[0].store.manifest.plan.tokenizer}
+
+
+def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
+    """The model's profile on held-out text; with several stores, their weighted mean."""
+    weights = [each.weight for each in material.stores]
+    parts = [
+        _profile_of(language_model, config, material, part, share=weight)
+        for part, weight in zip(material.heldout.parts, weights, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else Profile.mixed(parts, weights)
+
+
+def _profile_of(
+    language_model: lm.LanguageModel,
+    config: TrainConfig,
+    material: Material,
+    rows: Rows,
+    *,
+    share: float,
+) -> Profile:
+    device = language_model.model.device
+    tokens = share * PROFILE_TOKENS
+    loader = DataLoader(
+        some_rows(rows, tokens),  # type: ignore[arg-type]
+        batch_size=config.batch_size,
+        collate_fn=material.collate,
+    )
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in loader)
+    end: Any = material.tokenizer.eos_token_id
+    stops: frozenset[int] = frozenset() if end is None else frozenset({end})
+    return measure(language_model, batches, stop_ids=stops, tokens=tokens, share=share)
+
+
+def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
+    """The content of the checkpoint's dft.json.
+
+    Held-out targets are the mixture's own even if the mixture is refused. Then they are neither
+    what was learnt nor known to be nearer to the text than the model is, so they are not used.
+    """
+    recipe = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
+    if not len(seen.model_T):
+        return Promise(recipe=recipe)
+    refused = is_refused(source)
+    reads = DIVERGENCES[config.divergence.name].reads_target and not refused
+    return Promise(
+        recipe=recipe,
+        diversity=None if refused else seen.suggested,
+        target_entropy=round(seen.target_mean, 4) if reads else None,
+        model_entropy=round(seen.model_mean, 4),
+        target_deciles=seen.target_deciles if reads else None,
+        model_deciles=seen.model_deciles,
+    )
