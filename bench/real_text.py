@@ -34,7 +34,8 @@ from dftserve.corpus.prepare import cut
 from dftserve.corpus.read import read
 from dftserve.corpus.text import Text
 from dftserve.fingerprints import tokenizer_fingerprint
-from dftserve.lm import LanguageModel, examine, load
+from dftserve.lm import LanguageModel
+from dftserve.pretrained import examine, load
 from dftserve.targets import store
 from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text

@@ -1,13 +1,9 @@
-"""Load a causal language model of transformers and check it before use.
+"""A causal language model's hidden states and its head, checked against the model's own logits.
 
-    found = examine("models/base")                 its files and configuration, no weights
-    model = load(found, dtype=torch.float32)       safetensors only, every weight accounted for
+    model = pretrained.load(found, dtype=torch.float32)
     lm = LanguageModel(model, found.name)          reproduces the model's own logits, or ValueError
     hidden_BND = lm.states(input_ids=ids_BN).hidden_BND
     lm.head.logits(hidden_BND.flatten(0, 1)[positions_T])
-
-The teacher, the trainer and the likelihood of texts all load their models here, so they accept and
-refuse the same models, for the same reasons.
 
 `states` runs the model's own forward with the output layer bypassed: the layer's input is captured,
 and the logits of a whole batch are never computed. If the family rescales its logits afterwards (a
@@ -17,46 +13,31 @@ the right scale and cap by comparing logits.
 Shapes: B rows of tokens, N tokens of a row, R rows of a chunk, D hidden size, V vocabulary.
 """
 
-import functools
 import inspect
 import itertools
-import logging
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import Cache, PreTrainedModel
 
-from dftserve import cpu
-from dftserve.bounded_files import read_json
-from dftserve.gguf import resolve
-from dftserve.hub import WEIGHTS_TOO, folder_of, weights_digest
-from dftserve.model_folder import (
-    CONFIG,
-    INDEX,
-    LARGEST_TEXT,
-    WEIGHTS,
-    check_full_precision,
-    check_model_folder,
-    weight_files,
+from dftserve.model_config import (
+    AUXILIARY_WEIGHTS,
+    CAPS,
+    CHUNK,
+    ORIGINAL,
+    SCALES,
+    attention_chunk,
+    original_length,
+    positions_of,
+    rescaled_beyond,
+    rescalings,
 )
+from dftserve.pretrained import one_line
 
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Configuration attributes that multiply or divide logits, depending on the family."""
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-POSITIONS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-"""Configuration attributes that bound the tokens read at once, under the names that families use
-(`n_positions` is also available under the first one); the first one present is used."""
-CHUNK, ORIGINAL = "attention_chunk_size", "original_max_position_embeddings"
-"""Configuration attributes with lengths beyond which a text is processed differently."""
-AUXILIARY_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Maximal difference of two computations of the same logits, relative to the largest logit."""
 HALF_TOLERANCE = 0.02
@@ -64,274 +45,6 @@ PROBE_TOKENS = 24
 """Tokens of each text that a check reads, unless a length is given."""
 COMPARED = 64
 """Positions of a long text, at equal distances, whose log-probabilities are compared."""
-NAMED = 5
-"""Number of weights that an error lists by name; the rest are counted."""
-
-logger = logging.getLogger(__name__)
-
-
-# ── Before weights are loaded ────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, eq=False)
-class Examined:
-    """A model of which only the configuration has been read."""
-
-    folder: Path
-    name: str
-    """As the user gave it."""
-    config: Any
-    """A PretrainedConfig."""
-
-    @property
-    def vocabulary(self) -> int:
-        """V: rows of the embedding."""
-        return self.config.get_text_config().vocab_size
-
-    @property
-    def positions(self) -> int | None:
-        """Tokens that the model can read at once; None if its configuration has no bound."""
-        return _positions(self.config.get_text_config())
-
-    def check_tokenizer(self, tokenizer: Sized) -> None:
-        """Raises ValueError if the tokenizer has more tokens than the embedding has rows."""
-        if len(tokenizer) > self.vocabulary:
-            raise ValueError(
-                f"{self.name}: its tokenizer has {len(tokenizer):,} tokens and its embedding "
-                f"{self.vocabulary:,}; accepted: no more tokens than rows. Use the tokenizer that "
-                "belongs to it, or resize the embedding and save the model."
-            )
-
-    def check_length(self, longest: int, setting: str) -> None:
-        """Refuse texts that are longer than the model's positions.
-
-        Args:
-            longest: tokens of the longest text that would be read at once.
-            setting: the setting that bounds this length, for the error message.
-        """
-        if self.positions is not None and longest > self.positions:
-            raise ValueError(
-                f"{self.name} reads up to {self.positions:,} tokens at once, and a document has "
-                f"{longest:,}; accepted: {setting} of at most {self.positions}."
-            )
-
-
-def examine(model: str | Path, *, weights: bool = True) -> Examined:
-    """Find a model and refuse it with a clear message if it cannot be used.
-
-    Args:
-        model: a folder, a GGUF file or a folder with one (`gguf.resolve`), or a name on the Hugging
-            Face hub, from which everything but the weights is fetched.
-        weights: whether a folder must contain weights; False if its configuration is enough.
-            Weights that are present must be complete either way.
-
-    Raises:
-        ValueError: no such folder or name, not a causal language model, custom code, quantised or
-            truncated weights, or files that `model_folder` refuses.
-    """
-    model = resolve(str(model))
-    folder = folder_of(model)
-    check_model_folder(folder)
-    if not (folder / CONFIG).exists():
-        raise ValueError(
-            f"model: {model} has no {CONFIG}; accepted: a folder that save_pretrained() wrote."
-        )
-    content = read_json(folder / CONFIG, within=folder, largest=LARGEST_TEXT, finite=False)
-    if not isinstance(content, dict):
-        raise ValueError(f"{folder / CONFIG}: got a {type(content).__name__}; accepted: an object.")
-    _check_type(content, str(model))
-    check_full_precision(content, str(model))
-    is_local = Path(model).is_dir()
-    if is_local and (weights or any((folder / name).exists() for name in (WEIGHTS, INDEX))):
-        weight_files(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # Each configuration class raises errors of its own.
-        raise ValueError(
-            f"{folder / CONFIG}: transformers cannot use it ({_line(error).rstrip('.')}); correct "
-            "it, or copy the model again."
-        ) from error
-    return Examined(folder, str(model), config)
-
-
-def _check_type(content: Mapping[str, Any], model: str) -> None:
-    kind = content.get("model_type")
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        # transformers implements the family, so custom code in the folder is not run.
-        return
-    if content.get("auto_map"):
-        raise ValueError(
-            f"{model} needs code of its own (auto_map in its {CONFIG}), which dftserve never runs; "
-            "accepted: a family that transformers has. Convert the model to one."
-        )
-    raise ValueError(
-        f"{model}: got model_type {kind!r}, which this transformers has no causal language model "
-        "for; accepted: a decoder-only model such as llama, qwen3, mistral, gemma2."
-    )
-
-
-# ── Weights ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def fetched(found: Examined) -> Path:
-    """The folder with the model's weights, which are first fetched if the model is on the hub."""
-    is_local = Path(found.name).is_dir()
-    return found.folder if is_local else folder_of(found.name, WEIGHTS_TOO)
-
-
-def model_digest(found: Examined) -> str:
-    """`weights_digest` of its folder. Raises ValueError if there are no readable weights."""
-    return weights_digest(fetched(found))
-
-
-def dtype_for(
-    found: Examined, dtype: str | torch.dtype, device: str | torch.device | None
-) -> str | torch.dtype:
-    """The dtype to load a model in; if "auto" is replaced by float32, a warning is logged once.
-
-    Args:
-        dtype: "auto" keeps the weights' own dtype, except that on a CPU without bfloat16
-            instructions half precision, which is many times slower there, is replaced by float32.
-            Any other value is returned unchanged.
-        device: None: the CPU.
-    """
-    is_on_cpu = device is None or torch.device(device).type == "cpu"
-    is_wide = getattr(found.config, "dtype", None) in TOLERANCE
-    if dtype != "auto" or not is_on_cpu or is_wide or cpu.has_bf16():
-        return dtype
-    _warn_float32()
-    return torch.float32
-
-
-@functools.cache
-def _warn_float32() -> None:
-    if multiprocessing.parent_process() is None:  # Not again in every worker.
-        logger.warning(
-            "dtype auto: weights in half precision are loaded in float32, since this CPU has no "
-            "bfloat16 instructions; set a dtype to override this."
-        )
-
-
-def load(
-    found: Examined,
-    *,
-    dtype: str | torch.dtype,
-    device: str | torch.device | None = None,
-    attention: str | None = None,
-) -> PreTrainedModel:
-    """The model with every weight from its safetensors files, in evaluation mode.
-
-    Args:
-        dtype: as in `dtype_for`.
-        device: None: the CPU.
-        attention: transformers' name of an implementation; None leaves the choice to transformers.
-
-    Raises:
-        ValueError: an attention that the model does not support or whose package is not installed;
-            weights that are missing (they would stay random), that the model does not use, that
-            transformers overwrites, or that cannot be loaded.
-    """
-    folder = fetched(found)
-    weight_files(folder)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    try:
-        with _without_load_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype_for(found, dtype, device),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                # Reported below in one sentence; transformers would print a table and raise.
-                ignore_mismatched_sizes=True,
-                **chosen,
-            )
-    except ImportError as error:
-        raise ValueError(
-            f"attention: got {attention!r}, which cannot be used here ({_line(error)})."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"model: {found.name} cannot be loaded as a causal language model ({_line(error)})."
-        ) from None
-    model, info = loaded
-    _check_sizes(info["mismatched_keys"], found.name)
-    for kind, what in (
-        ("missing_keys", "has no tensor for"),
-        ("unexpected_keys", "contains tensors that the model does not use:"),
-    ):
-        if info[kind]:
-            raise ValueError(
-                f"{found.name} {what} {_named(info[kind])}; accepted: a tensor for each weight of "
-                f"{type(model).__name__} and no other. Copy the model again, or save it with the "
-                "version of transformers that it was made with."
-            )
-    _check_padding_row(model, found.name)
-    model.name_or_path = found.name
-    if device is not None:
-        model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval()
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing and mismatched weights; `load` reports them itself.
-
-    By a filter, because a level of its own makes this logger check the plan of tensor parallelism
-    as well, and warn of all layers that one process does not shard.
-    """
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_error)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_error)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
-def _check_sizes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], name: str) -> None:
-    """Raises ValueError for tensors whose shape differs from the one in the configuration."""
-    listed = sorted((key, tuple(of_file), tuple(of_model)) for key, of_file, of_model in mismatched)
-    if not listed:
-        return
-    key, of_file, of_model = listed[0]
-    more = f" (and {len(listed) - 1} more)" if len(listed) > 1 else ""
-    raise ValueError(
-        f"{name}: {key} is {_shape(of_file)} in its weights and {_shape(of_model)} by its {CONFIG}"
-        f"{more}; accepted: the same. Take the {CONFIG} that belongs to the weights."
-    )
-
-
-def _shape(sizes: Sequence[int]) -> str:
-    return " × ".join(map(str, sizes)) or "a number"
-
-
-def _check_padding_row(model: PreTrainedModel, name: str) -> None:
-    """Refuse a family whose initialiser zeroes the padding token's row after loading it.
-
-    With tied embeddings that row is a trained one: it also determines the token's logit.
-    """
-    embedding = model.get_input_embeddings()
-    if getattr(embedding, "padding_idx", None) is None:
-        return
-    row = nn.Embedding.from_pretrained(torch.ones(1, 1), padding_idx=0)
-    row.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # As the loader marks it.
-    with guard_torch_init_functions():
-        model._init_weights(row)
-    if not bool(row.weight.all()):
-        raise ValueError(
-            f"{name} ({type(model).__name__}) loses the embedding of its padding token, "
-            f"{embedding.padding_idx}, which transformers sets to zero whenever it loads the "
-            f'model; accepted: "pad_token_id": null in its {CONFIG}.'
-        )
-
-
-# ── Hidden states and logits ─────────────────────────────────────────────────────────────────────
-
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -421,7 +134,7 @@ class LanguageModel:
 
     @property
     def positions(self) -> int | None:
-        return _positions(self._config)
+        return positions_of(self._config)
 
     def states(self, **inputs: Tensor) -> States:
         """The model's own forward up to its output layer.
@@ -495,8 +208,8 @@ class LanguageModel:
             return "its forward takes no position_ids"
         if most is not None and max(longest, row) > most:
             for name, length, reached in (
-                (CHUNK, _chunk(self._config), row),
-                (ORIGINAL, _rescaled_beyond(self._config), longest),
+                (CHUNK, attention_chunk(self._config), row),
+                (ORIGINAL, rescaled_beyond(self._config), longest),
             ):
                 if length is not None and reached > length:
                     return f"its {name} is {length:,}, and there are {reached:,} tokens"
@@ -538,7 +251,7 @@ class LanguageModel:
         if longest <= PROBE_TOKENS:
             return
         if most is not None and longest > most:
-            beyond = _rescaled_beyond(self._config)
+            beyond = rescaled_beyond(self._config)
             if beyond is not None and longest > beyond:
                 raise self._batch_error(longest, "its positions are rescaled")
             longest = most
@@ -562,8 +275,8 @@ class LanguageModel:
     def _batch_error(self, longest: int, why: str) -> ValueError:
         return ValueError(
             f"{self.family} reads a text differently with one of {longest:,} tokens in its batch: "
-            f"{why}{_originally(self._config)}; accepted: a max_length up to which it does not, or "
-            "batch_size 1 (with accumulation instead)."
+            f"{why}{original_length(self._config)}; accepted: a max_length up to which it does "
+            "not, or batch_size 1 (with accumulation instead)."
         )
 
     # ── Checks ───────────────────────────────────────────────────────────────────────────────────
@@ -602,7 +315,7 @@ class LanguageModel:
                 f"{self.family} has logits that are not finite; its weights are damaged, or its "
                 "dtype is too narrow. Copy the model again, or load it in float32."
             )
-        for scale, cap in _rescalings(self._config):
+        for scale, cap in rescalings(self._config):
             self._scale, self._cap = scale, cap
             gap = _gap(self.head.rescaled(raw[0]).reshape(shape), own_NV)
             gaps[scale, cap] = gap
@@ -651,7 +364,8 @@ class LanguageModel:
             return call(**inputs)
         except Exception as error:
             raise ValueError(
-                f"{self.family} does not read plain text: {type(error).__name__}: {_line(error)}."
+                f"{self.family} does not read plain text: {type(error).__name__}: "
+                f"{one_line(error)}."
             ) from error
 
     def _packed_logprobs(self, texts: Sequence[Tensor], at_P: Tensor) -> Tensor:
@@ -726,35 +440,6 @@ class LanguageModel:
         )
 
 
-def _rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
-    """Possible (scale, cap) of a configuration; those that use everything it names come first."""
-    caps = [cap for name in CAPS if (cap := _number(getattr(config, name, None))) is not None]
-    factors = [[1.0]]
-    for name in SCALES:
-        value = getattr(config, name, None)
-        if value == "inv_sqrt_d_model":  # MPT
-            value = getattr(config, "d_model", config.hidden_size) ** -0.5
-        if (number := _number(value)) is not None and number != 1.0:
-            factors.append([number, 1 / number, 1.0])
-    for cap in (*caps, None):
-        for each in itertools.product(*factors):
-            scale = 1.0
-            for factor in each:
-                scale *= factor
-            yield scale, cap
-
-
-def _positions(config: Any) -> int | None:
-    named = (_number(getattr(config, name, None)) for name in POSITIONS)
-    given = next((number for number in named if number is not None), None)
-    return None if given is None else int(given)  # XLNet uses −1 for no bound.
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and value > 0 else None
-
-
 def _gap(ours_NV: Tensor, own_NV: Tensor) -> float:
     """The largest difference, relative to the largest logit."""
     largest = max(float(own_NV.abs().max()), 1e-12)
@@ -780,28 +465,6 @@ def _spread_over(count: int, some: int) -> Tensor:
     return torch.linspace(0, count - 1, min(some, count)).round().long()
 
 
-def _chunk(config: Any) -> int | None:
-    """Chunk length in tokens, across which attention does not reach; None without chunks."""
-    number = _number(getattr(config, CHUNK, None))
-    return None if number is None else int(number)
-
-
-def _rescaled_beyond(config: Any) -> int | None:
-    """Length of a text beyond which all positions of its batch are rescaled, if there is one."""
-    given = getattr(config, "rope_parameters", None) or {}
-    # A family may have separate parameters for each type of layer.
-    sets = (given, *(each for each in given.values() if isinstance(each, Mapping)))
-    named = [_number(each.get(ORIGINAL)) for each in sets if each.get("rope_type") == "longrope"]
-    return min((int(number) for number in named if number is not None), default=None)
-
-
-def _originally(config: Any) -> str:
-    """The original context length in the configuration, in parentheses for a message; or empty."""
-    given = getattr(config, "rope_parameters", None)
-    number = given.get(ORIGINAL) if isinstance(given, Mapping) else None
-    return "" if number is None else f" ({ORIGINAL}: {number:,})"
-
-
 def _capturing(captured: list[Tensor]) -> Callable[[Tensor], Tensor]:
     """A replacement for an output layer's forward: it appends its input to the list, and returns
     one column of it, which is enough for the code that follows the layer. One function serves all
@@ -824,13 +487,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _named(names: Sequence[str] | set[str]) -> str:
-    ordered = sorted(map(str, names))
-    more = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
-    return ", ".join(ordered[:NAMED]) + more
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

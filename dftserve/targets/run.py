@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dftserve import atomic, lm
+from dftserve import atomic, pretrained
 from dftserve.corpus.filters import Filters
 from dftserve.corpus.prepare import Corpus, Report, prepare
 from dftserve.corpus.records import opening
@@ -307,21 +307,24 @@ def _stopped_clock(tokenizer: PreTrainedTokenizerBase, corpus: Any) -> datetime 
     return moment
 
 
-def _checked_model(job: Job) -> lm.Examined | None:
-    """The model that will be trained, checked by `lm.examine`; None: the folder has no model, only
-    a tokenizer."""
+def _checked_model(job: Job) -> pretrained.Examined | None:
+    """The model that will be trained, checked by `pretrained.examine`; None: the folder has no
+    model, only a tokenizer."""
     if Path(job.model).is_dir() and not (Path(job.model) / CONFIG).exists():
         return None
-    return lm.examine(job.model, weights=False)
+    return pretrained.examine(job.model, weights=False)
 
 
-def _checked_teachers(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[lm.Examined]:
+def _checked_teachers(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> list[pretrained.Examined]:
     """The teachers, checked before any text is read, like the model that will be trained.
 
     Raises:
-        ValueError: as `lm.examine`; or a tokenizer with more tokens than a teacher's embedding.
+        ValueError: as `pretrained.examine`; or a tokenizer with more tokens than a teacher's
+            embedding.
     """
-    found = [lm.examine(model) for model in recipes.teacher_models(recipe)]
+    found = [pretrained.examine(model) for model in recipes.teacher_models(recipe)]
     for teacher in found:
         teacher.check_tokenizer(tokenizer)
     return found

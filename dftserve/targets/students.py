@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from dftserve import lm, settings
+from dftserve import pretrained, settings
 from dftserve.bounded_files import read_json
 from dftserve.targets.document import Document
 from dftserve.targets.source import DenseSource, Rows
@@ -37,7 +37,7 @@ class CrossFitted:
     corpus_blake3: str
     """Digest of the training documents and their folds."""
     model_blake3: str
-    """`lm.model_digest` of the model that they were tuned from."""
+    """`pretrained.model_digest` of the model that they were tuned from."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's settings."""
 
@@ -119,7 +119,7 @@ class Students(DenseSource):
                 `lm` refuses a model.
         """
         found = CrossFitted.read(folder)
-        if found.model_blake3 != lm.model_digest(lm.examine(base)):
+        if found.model_blake3 != pretrained.model_digest(pretrained.examine(base)):
             raise ValueError(
                 f"students: {folder} was tuned from another model than the teacher {base!r}; "
                 "accepted: students of the teacher, which is the model before tuning. Train them "
@@ -134,7 +134,7 @@ class Students(DenseSource):
         return cls(
             [
                 Teacher.load(
-                    lm.examine(str(final_of(folder, fold))),
+                    pretrained.examine(str(final_of(folder, fold))),
                     vocabulary=vocabulary,
                     dtype=dtype,
                     device=device,

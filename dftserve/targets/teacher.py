@@ -21,7 +21,7 @@ from blake3 import blake3
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dftserve import lm
+from dftserve import lm, pretrained
 from dftserve.bounded_files import chunks, open_file
 from dftserve.model_folder import LARGEST_WEIGHTS, weight_files
 from dftserve.targets.document import Document
@@ -69,7 +69,7 @@ class Teacher(DenseSource):
     @classmethod
     def load(
         cls,
-        model: str | Path | lm.Examined,
+        model: str | Path | pretrained.Examined,
         *,
         vocabulary: int,
         dtype: str | torch.dtype = "auto",
@@ -84,12 +84,12 @@ class Teacher(DenseSource):
             device: None: the first GPU, or the CPU if there is none.
 
         Raises:
-            ValueError: as `lm.examine`, `lm.load` and the constructor.
+            ValueError: as `pretrained.examine`, `pretrained.load` and the constructor.
         """
-        found = model if isinstance(model, lm.Examined) else lm.examine(model)
+        found = model if isinstance(model, pretrained.Examined) else pretrained.examine(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = lm.load(found, dtype=dtype, device=device)
-        folder = lm.fetched(found)
+        loaded = pretrained.load(found, dtype=dtype, device=device)
+        folder = pretrained.fetched(found)
         is_local = Path(found.name).is_dir()
         teacher = cls(
             loaded,

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dftserve import atomic, lm, settings
+from dftserve import atomic, pretrained, settings
 from dftserve.bounded_files import read_json
 from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
@@ -71,7 +71,7 @@ def cross_fit(
     wanted = CrossFitted(
         folds=folds,
         corpus_blake3=corpus_digest(documents, folds),
-        model_blake3=lm.model_digest(lm.examine(job.model)),
+        model_blake3=pretrained.model_digest(pretrained.examine(job.model)),
         training={name: each for name, each in asdict(config).items() if name not in OURS},
     )
     _begin(job.out, wanted)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dftserve import lm
+from dftserve import lm, pretrained
 from dftserve.targets.calibrated import is_refused
 from dftserve.targets.document import load_tokenizer
 from dftserve.train.config import AUTO, TrainConfig
@@ -31,10 +31,10 @@ class Material:
     train: Rows | MixedRows
     heldout: Rows | MixedRows
     collate: Collator
-    found: lm.Examined
+    found: pretrained.Examined
     """The model's configuration, without weights."""
     weights: str
-    """`lm.model_digest` of the model."""
+    """`pretrained.model_digest` of the model."""
 
     @property
     def splits(self) -> tuple[Rows | MixedRows, Rows | MixedRows]:
@@ -125,7 +125,7 @@ def read(config: TrainConfig) -> Material:
         ValueError: no store, a store of another tokenizer or template, or a lumped tail if the
             divergence needs draws.
     """
-    found = lm.examine(config.model)
+    found = pretrained.examine(config.model)
     tokenizer = load_tokenizer(config.model)
     found.check_tokenizer(tokenizer)
     stores = open_stores(config, tokenizer, vocabulary=found.vocabulary)
@@ -141,7 +141,7 @@ def read(config: TrainConfig) -> Material:
         for split in ("train", "heldout")
     }
     collate = Collator(packing=config.packing)
-    weights = lm.model_digest(found)
+    weights = pretrained.model_digest(found)
     material = Material(tokenizer, stores, rows["train"], rows["heldout"], collate, found, weights)
     found.check_length(material.longest, "max_length")
     return material

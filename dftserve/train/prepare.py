@@ -12,7 +12,8 @@ import psutil
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from dftserve import lm
+from dftserve import lm, pretrained
+from dftserve.model_config import CHUNK, ORIGINAL
 from dftserve.train import continuations, processes
 from dftserve.train.adapters import adapted
 from dftserve.train.config import FeatureMatchingConfig, TrainConfig
@@ -103,7 +104,7 @@ def _most_checked(config: TrainConfig) -> int | None:
         processes.say(
             f"{'fsdp' if config.fsdp else 'weights bf16'}: whether documents are kept separate is "
             f"tested on the CPU, with at most {CHECKED_TOKENS} tokens at once; longer rows are "
-            f"judged by the configuration only ({lm.CHUNK}, and {lm.ORIGINAL} of longrope)."
+            f"judged by the configuration only ({CHUNK}, and {ORIGINAL} of longrope)."
         )
     return CHECKED_TOKENS
 
@@ -118,7 +119,7 @@ def _why_not_packed(
 def load_model(config: TrainConfig, material: Material) -> Loaded:
     """The model in float32 with its divergence attached, and with adapters if the run uses them."""
     found = material.found
-    model: Any = lm.load(
+    model: Any = pretrained.load(
         found, dtype=torch.float32, device=_checked_on(config), attention=config.attention
     )
     if config.gradient_checkpointing:
@@ -170,7 +171,7 @@ def matching_of(config: TrainConfig, loaded: Loaded, material: Material) -> Feat
     if config.lora is not None:
         untrained = loaded.model.disable_adapter
     else:
-        network: Any = lm.load(
+        network: Any = pretrained.load(
             material.found,
             dtype=torch.float32,
             device=_device(config),

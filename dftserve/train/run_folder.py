@@ -24,11 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dftserve import atomic, checkpoint, lm, lock
+from dftserve import atomic, checkpoint, lock, pretrained
 from dftserve.bounded_files import FileError, advised, open_growing, read_json, read_text, shaped_as
 from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
 from dftserve.digest import digest_of
-from dftserve.lm import model_digest
+from dftserve.pretrained import model_digest
 from dftserve.targets.store import MANIFEST, Manifest
 from dftserve.train import processes
 from dftserve.train.config import LoraConfig, TrainConfig
@@ -234,7 +234,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     names = _store_names(len(config.stores))
     origin = {
         "processes": processes.count(),
-        "model": model_digest(lm.examine(config.model)),
+        "model": model_digest(pretrained.examine(config.model)),
         **{
             name: targets_digest(Path(store.path))
             for name, store in zip(names, config.stores, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dftserve import checkpoint, lm
+from dftserve import checkpoint, lm, pretrained
 from dftserve.train.data import model_inputs
 from dftserve.train.divergences import SFT, TargetRows
 from dftserve.train.head import head_loss
@@ -77,7 +77,7 @@ def check_reloaded(folder: Path, trained: float, batch: Mapping[str, Tensor]) ->
     Raises:
         ValueError: it cannot be loaded, or its likelihood differs.
     """
-    model = lm.load(lm.examine(folder), dtype=torch.float32)
+    model = pretrained.load(pretrained.examine(folder), dtype=torch.float32)
     saved = nll(lm.LanguageModel(model, folder.name), batch)
     if not abs(saved - trained) <= SAME_NLL:
         raise ValueError(

@@ -14,14 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dftserve.evaluate.metrics.likelihood import bits_per_byte
-from dftserve.lm import (
-    Examined,
-    LanguageModel,
-    _warn_float32,
-    dtype_for,
-    examine,
-    load,
-)
+from dftserve.lm import LanguageModel
+from dftserve.pretrained import Examined, _warn_float32, dtype_for, examine, load
 from dftserve.targets.run import Job, build
 from dftserve.train.config import TrainConfig
 from dftserve.train.plan import plan_of

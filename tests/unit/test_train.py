@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
-from dftserve import checkpoint, digest, lm
+from dftserve import checkpoint, digest, pretrained
 from dftserve.settings import SYNONYMS
 from dftserve.spec import Promise
 from dftserve.targets.store import TargetStore
@@ -669,7 +669,7 @@ def test_a_long_run_warms_up(run):
 
 def test_auto_never_holds_two_models_in_memory(run, monkeypatch):
     """So the candidates of a run that fits in memory by `--plan` fit too."""
-    load, models, alive = lm.load, [], []
+    load, models, alive = pretrained.load, [], []
 
     def counting_load(*args, **named):
         alive.append(sum(each() is not None for each in models))
@@ -677,7 +677,7 @@ def test_auto_never_holds_two_models_in_memory(run, monkeypatch):
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(lm, "load", counting_load)
+    monkeypatch.setattr(pretrained, "load", counting_load)
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
     train(replace(run, divergence=divergence))
     # The check before, two candidates, the run, and its checkpoint read back while it is loaded.

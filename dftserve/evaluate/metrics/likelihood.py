@@ -135,7 +135,7 @@ def token_nats(
 
     Arguments and errors as in `bits_per_byte`.
     """
-    from dftserve.lm import examine
+    from dftserve.pretrained import examine
     from dftserve.targets.document import load_tokenizer
     from dftserve.targets.teacher import Teacher
 
