@@ -65,7 +65,7 @@ def flags(folders: Sequence[Path]) -> str:
     requests for the base model in the same step (vllm-project/vllm#48421), so it must stay empty.
     """
     config = read_json(folders[0] / CONFIG, largest=LARGEST_CONFIG)
-    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     modules = " ".join(shlex.quote(f"{each.name}={each.resolve()}") for each in folders)
     # The values that vLLM accepts for --max-lora-rank.
     accepted = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)

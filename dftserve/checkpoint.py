@@ -100,8 +100,10 @@ def describe(folder: Path, promise: Promise, run: Run) -> None:
     """Write dft.json, run.json and the model card into a folder of weights."""
     promise.write(folder)
     text = json.dumps(asdict(run), indent=2, ensure_ascii=False)
-    (folder / RUN).write_text(text + "\n", encoding="utf-8")
-    (folder / CARD).write_text(_card(promise, run), encoding="utf-8")
+    for name, content in ((RUN, text + "\n"), (CARD, _card(promise, run))):
+        # A path on the command line may have bytes that are not UTF-8, which Python represents by
+        # surrogates. As escapes they are valid JSON.
+        (folder / name).write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def seal(folder: Path) -> None:

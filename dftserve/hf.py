@@ -108,7 +108,6 @@ class DiversityProcessor(LogitsProcessor):
         self._stages: dict[torch.device, StyleStage] = {}
         self.statistics: Statistics | None = None
         self._seed = seed
-        self._group_row = partial(GroupRow, scale=1.0 / temperature, top_k=top_k, top_p=top_p)
         self._row = partial(
             control_row,
             self.diversity,
@@ -118,6 +117,7 @@ class DiversityProcessor(LogitsProcessor):
             style=self._style,
         )
         self._row()  # Raises for invalid arguments.
+        self._group_row = partial(GroupRow, scale=1.0 / temperature, top_k=top_k, top_p=top_p)
         self.reset()
         self._begin(self._ids_RL)
 

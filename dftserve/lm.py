@@ -136,6 +136,12 @@ class LanguageModel:
     def positions(self) -> int | None:
         return positions_of(self._config)
 
+    def check_reads(self) -> None:
+        """Raises ValueError if the forward fails, as it may after weights were cast."""
+        with evaluating(self.model), torch.no_grad():
+            ids_1N = self.text_N[None, :PROBE_TOKENS].to(self.model.device)
+            self._tried(self.states, input_ids=ids_1N)
+
     def states(self, **inputs: Tensor) -> States:
         """The model's own forward up to its output layer.
 

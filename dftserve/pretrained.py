@@ -37,6 +37,7 @@ from dftserve.model_folder import (
     weight_files,
 )
 
+ADAPTER = "adapter_config.json"
 WIDE = (torch.float32, torch.float64)
 NAMED = 5
 """Number of weights that an error lists by name; the rest are counted."""
@@ -97,7 +98,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
 
     Raises:
         ValueError: no such folder or name, not a causal language model, custom code, quantised or
-            truncated weights, or files that `model_folder` refuses.
+            truncated weights, an adapter next to them, or files that `model_folder` refuses.
     """
     model = resolve(str(model))
     folder = folder_of(model)
@@ -105,6 +106,12 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
     if not (folder / CONFIG).exists():
         raise ValueError(
             f"model: {model} has no {CONFIG}; accepted: a folder that save_pretrained() wrote."
+        )
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"model: {model} has an {ADAPTER}, and transformers would add that adapter to the "
+            "model's weights; accepted: a model alone. Merge the adapter into it, or move the "
+            "adapter's files to another folder."
         )
     content = read_json(folder / CONFIG, within=folder, largest=LARGEST_TEXT, finite=False)
     if not isinstance(content, dict):

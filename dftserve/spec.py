@@ -482,7 +482,9 @@ class Promise:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["diversity"] = self.diversity and self.diversity.as_dict()
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        (folder / self.FILE).write_text(text + "\n", encoding="utf-8")
+        # Paths may have bytes that are not UTF-8, which become JSON escapes.
+        path = folder / self.FILE
+        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

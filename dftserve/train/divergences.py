@@ -162,7 +162,10 @@ class ForwardKL(Divergence):
         logprobs_RV = logits_RV.log_softmax(dim=1)
         own_R = _own(logprobs_RV, target)
         top_R = (target.top_logprobs_RK.exp() * logprobs_RV.gather(1, _top_ids(target))).sum(1)
-        tail_R = target.tail_logprob_R.exp() * logprobs_RV.gather(1, target.tail_ids_RM).mean(1)
+        tail_R = torch.zeros_like(own_R)
+        if target.tail_ids_RM.shape[1]:  # Without draws the tail is empty.
+            drawn_R = logprobs_RV.gather(1, target.tail_ids_RM).mean(1)
+            tail_R = target.tail_logprob_R.exp() * drawn_R
         cross_entropy_R = -((1 - self.weight) * own_R + self.weight * (top_R + tail_R))
         return cross_entropy_R - mixed_entropy(target, self.weight)
 
@@ -172,7 +175,7 @@ class ForwardKL(Divergence):
         if self.weight == 0:
             return target.labels_R[:, None], own_R1
         draws = target.tail_ids_RM.shape[1]
-        each_R1 = self.weight / draws * target.tail_logprob_R.exp()[:, None]
+        each_R1 = self.weight / max(draws, 1) * target.tail_logprob_R.exp()[:, None]
         ids_RE = torch.cat([target.labels_R[:, None], _top_ids(target), target.tail_ids_RM], dim=1)
         top_RK = self.weight * target.top_logprobs_RK.exp()
         return ids_RE, torch.cat([own_R1, top_RK, each_R1.expand(-1, draws)], dim=1)

@@ -44,8 +44,13 @@ def head_loss(
     Args:
         weights_N: factor of each position's divergence; None: 1.
     """
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    if not torch.is_grad_enabled():
+        # A Function computes the gradients of all parameters, even where none is recorded.
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     loss, entropy = _ChunkedHead.apply(  # type: ignore[misc]
-        hidden_ND, head.weight_VD, head.bias_V, head.scale, head.cap, target, divergence, weights_N
+        hidden_ND, weight_VD, bias_V, head.scale, head.cap, target, divergence, weights_N
     )
     return HeadLoss(loss, entropy)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dftserve import lm, pretrained
 from dftserve.targets.calibrated import is_refused
 from dftserve.targets.document import load_tokenizer
+from dftserve.train import processes
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import Collator, Rows
 from dftserve.train.mixed import MixedRows
@@ -189,12 +190,12 @@ def heldout_parts(config: TrainConfig, material: Material) -> list[HeldOut]:
 
 
 def steps_of(config: TrainConfig, material: Material) -> int:
-    """Optimizer steps of the run, for one process."""
+    """Optimizer steps of the run."""
     return config.steps or math.ceil(steps_of_epoch(config, material) * config.epochs)
 
 
 def steps_of_epoch(config: TrainConfig, material: Material) -> int:
-    return math.ceil(len(material.train) / config.batch_size / config.accumulation)
+    return -(-len(material.train) // (config.batch_size * processes.count() * config.accumulation))
 
 
 def warmup_of(config: TrainConfig, material: Material) -> float:

@@ -1,7 +1,7 @@
 """The model and the trainer of a run, checked before anything is written."""
 
-import math
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -33,6 +33,9 @@ from dftserve.train.trainer import HUMAN_NLL, DFTTrainer
 
 CHECKED_TOKENS = 256
 """Tokens that the checks of a model read at once if they run on the CPU and training does not."""
+
+WRAPPED = ".base_layer"
+"""What peft inserts into the name of a layer that it adapts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +75,7 @@ def prepare(config: TrainConfig) -> Prepared:
         processes.say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
         material = material.unpacked(config)
     if not config.steps:  # Steps follow from the number of rows, which is larger without packing.
-        check_patience(config, math.ceil(steps_of(config, material) / processes.count()))
+        check_patience(config, steps_of(config, material))
     if config.batch_size > 1:
         loaded.language_model.check_batch(material.longest, most=most)
     if config.feature_matching is not None:
@@ -122,8 +125,6 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
     model: Any = pretrained.load(
         found, dtype=torch.float32, device=_checked_on(config), attention=config.attention
     )
-    if config.gradient_checkpointing:
-        model.config.use_cache = False
     embeddings: Any = model.get_input_embeddings().weight
     divergence = config.divergence.build(embeddings, config.seed)
     language_model = attach(model, divergence, name=found.name, tokens_N=material.text_N)
@@ -136,16 +137,23 @@ def narrowed(loaded: Loaded, config: TrainConfig) -> Loaded:
     """If `weights` is bf16, cast the frozen weights to it in place and move the model to the
     training device.
 
-    The checks ran before in float32: in bf16, rounding errors look like documents that leak into
-    each other.
+    The other checks ran before in float32: in bf16, rounding errors look like documents that leak
+    into each other.
+
+    Raises:
+        ValueError: the model's forward fails in these dtypes.
     """
     if config.weights == "bf16":
         model: Any = loaded.language_model.model
         wide = tuple(model._keep_in_fp32_modules_strict or ())
         for name, value in model.named_parameters():
-            if not value.requires_grad and not any(each in name for each in wide):
+            own_name = name.replace(WRAPPED, "")
+            # The names are patterns, as for transformers.
+            is_wide = any(re.search(each, own_name) for each in wide)
+            if not value.requires_grad and not is_wide:
                 value.data = value.data.to(torch.bfloat16)
         model.to(_device(config))
+        loaded.language_model.check_reads()
     return loaded
 
 
@@ -224,7 +232,6 @@ def make_trainer(
         save_strategy="steps",
         # The best model can be kept only if it is saved at the evaluation that finds it.
         save_steps=config.evaluate_every if early else config.save_every,
-        save_total_limit=config.keep,
         eval_strategy="steps" if heldout else "no",
         eval_steps=config.evaluate_every,
         load_best_model_at_end=early,
@@ -243,8 +250,12 @@ def make_trainer(
         disable_tqdm=False,
         **given,
     )
+    # Several GPUs are used by several processes, never by DataParallel, which would divide the rows
+    # of a batch and their targets at different places.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = DFTTrainer(
         model=model,
+        keep=config.keep,
         matching=matching,
         args=arguments,
         train_dataset=material.train,

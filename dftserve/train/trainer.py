@@ -65,9 +65,18 @@ class DFTTrainer(Trainer):
     batches of an accumulation and all processes.
     """
 
-    def __init__(self, *args: Any, matching: FeatureMatching | None = None, **given: Any) -> None:
+    def __init__(
+        self, *args: Any, keep: int, matching: FeatureMatching | None = None, **given: Any
+    ) -> None:
+        """
+        Args:
+            keep: number of checkpoints to keep; the newest and the best one always are. It is not
+                passed as `save_total_limit`, because with 1 the Trainer would keep the best one
+                alone when it ends, which it does on a signal too.
+        """
         super().__init__(*args, **given)
         self.model_accepts_loss_kwargs = True
+        self._keep = keep
         self._matching = matching
         self._batch_of_step = (0, 0)
         """The step, and the index of the current batch in it."""
@@ -308,8 +317,7 @@ class DFTTrainer(Trainer):
         found = [path for _, path in sorted(_checkpoints(run).items())]
         best = self.state.best_model_checkpoint
         spare = [path for path in found[:-1] if str(path) != best]
-        excess = len(found) - (self.args.save_total_limit or len(found))
-        for path in spare[: max(excess, 0)]:
+        for path in spare[: max(len(found) - self._keep, 0)]:
             doomed = path.with_name(path.name + atomic.PARTIAL)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

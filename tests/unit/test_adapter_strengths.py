@@ -45,6 +45,14 @@ def test_the_added_weights_scale_exactly(tmp_path, root):
     assert "--max-loras 4 " in flags(folders), "one is empty: what vLLM adds to the base on a CPU"
 
 
+@pytest.mark.parametrize("pattern", [None, {}, {"q_proj": 16}])
+def test_the_highest_rank_is_found(tmp_path, pattern):
+    whole = adapter(tmp_path / "prose", rank_pattern=pattern)
+    assert f"--max-lora-rank {16 if pattern else 8} " in flags(
+        scale(whole, [1.0], tmp_path / "out")
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

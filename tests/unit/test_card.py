@@ -1,6 +1,9 @@
 """Adding a section to the model card of an existing checkpoint."""
 
+import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,14 @@ def test_names_of_figures_and_stores_are_escaped():
     assert f"- human nll/{escaped}: 1.5000\n" in card
     assert "- human nll: 2.5000\n" in card
     assert f"- Target: forward_kl toward {escaped}\n" in card
+
+
+def test_a_command_line_that_is_not_utf8_is_recorded(tmp_path, monkeypatch):
+    """Such bytes are surrogates in Python's strings, which UTF-8 cannot encode."""
+    path = os.fsdecode(b"caf\xe9.yaml")
+    monkeypatch.setattr(sys, "argv", ["dftserve", "train", path])
+    run = checkpoint.Run.of({"model": path}, {}, steps=1, figures={})
+    checkpoint.describe(tmp_path, Promise(recipe=path), run)
+    recorded = json.loads((tmp_path / checkpoint.RUN).read_text())
+    assert recorded["argv"][-1] == recorded["settings"]["model"] == path
+    assert "caf" in (tmp_path / CARD).read_text()

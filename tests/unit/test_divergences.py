@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dftserve.lm import Head
 from dftserve.targets.sparse import sparsify
 from dftserve.train import divergences as d
-from dftserve.train.head import CHUNK_ELEMENTS, head_loss
+from dftserve.train.head import CHUNK_ELEMENTS, _Gradients, head_loss
 
 V, R, D = 41, 7, 5
 
@@ -170,6 +170,38 @@ def test_the_sampled_tail_is_unbiased():
     assert excess(p_V) < bound
     assert excess(torch.where(in_top_V, p_V, 1.06 * p_V)) > bound
     assert excess(renormalised_V) > bound
+
+
+@pytest.mark.parametrize("divergence", every_divergence(0.7), ids=lambda x: type(x).__name__)
+def test_an_empty_tail_needs_no_draws(divergence):
+    """As of a store whose k is the whole vocabulary."""
+    dense = dense_target(6)
+    logits_RV = torch.randn(R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    drawn, without = (stored(*dense, k=V, draws=draws) for draws in (6, 0))
+    for ours, theirs in zip(
+        divergence.loss_and_gradient(d.Rows.of(logits_RV.clone()), without),
+        divergence.loss_and_gradient(d.Rows.of(logits_RV.clone()), drawn),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(
+        divergence.reference(logits_RV, without), divergence.reference(logits_RV, drawn), rtol=1e-6
+    )
+
+
+def test_no_gradient_is_computed_where_none_is_recorded(monkeypatch):
+    """An evaluation would take twice the time, and memory for the head's gradient."""
+    needs = []
+    empty = _Gradients.empty
+    monkeypatch.setattr(_Gradients, "empty", lambda *given: needs.append(given[2]) or empty(*given))
+    weight_VD = torch.randn(V, D, requires_grad=True)
+    hidden_ND = torch.randn(R, D, requires_grad=True)
+    head, target = Head(weight_VD, None), stored(*dense_target(8))
+    recorded = head_loss(head, hidden_ND, target, d.SFT())
+    with torch.no_grad():
+        evaluated = head_loss(head, hidden_ND, target, d.SFT())
+    assert needs == [(True, True, False), (False, False, False)]
+    assert torch.equal(recorded.loss, evaluated.loss)
 
 
 @settings(max_examples=30, deadline=None)

@@ -284,6 +284,12 @@ def test_a_wrong_diversity_is_refused():
         DiversityProcessor(1.5)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.0, -1, float("nan")])
+def test_a_wrong_temperature_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        DiversityProcessor(0.5, temperature=temperature)
+
+
 def test_stop_ids_are_accepted_in_the_forms_of_configurations():
     """`eos_token_id` is a number, a list or None, and tokenizers return None."""
     for given, ids in ((EOS, [EOS]), (None, []), ([EOS, None, 7], [EOS, 7]), ({EOS}, [EOS])):

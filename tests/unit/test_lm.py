@@ -377,6 +377,16 @@ def test_a_model_is_loaded_without_a_warning(tmp_path, monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_an_adapter_next_to_the_weights_is_refused(tmp_path):
+    """transformers would add it to the weights, which their digest does not cover."""
+    base = save_model(tmp_path / "base", tied=True)
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear")).save_pretrained(base)
+    with pytest.raises(ValueError, match=r"has an adapter_config\.json.*Merge the adapter"):
+        examine(base)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_that_lack_a_tensor_are_refused_with_its_name(tied, tmp_path):
     base = save_model(tmp_path / "base", tied=tied)

@@ -1,6 +1,7 @@
 """Training on a store: batches, gradients of a step, and the results of a run."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import weakref
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from transformers import TrainingArguments
 
 from dftserve import checkpoint, digest, pretrained
 from dftserve.settings import SYNONYMS
@@ -28,7 +31,7 @@ from dftserve.train import run_folder
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
-from dftserve.train.material import read, warmup_of
+from dftserve.train.material import read, steps_of, steps_of_epoch, warmup_of
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
 from dftserve.train.plan import plan_of
 from dftserve.train.prepare import load_model, make_trainer, narrowed, prepare
@@ -463,9 +466,9 @@ def test_the_best_checkpoint_is_final_if_the_last_is_worse(run, keep):
     state = json.loads((last / "trainer_state.json").read_text())
     figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
     assert figures["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
-    # With keep=1 only the best checkpoint is kept.
-    assert (state["best_global_step"] < 8) or keep == 1, "the last was the best: nothing is shown"
+    assert state["best_global_step"] < 8, "the last was the best: nothing is shown"
     assert Path(state["best_model_checkpoint"]).is_dir()
+    assert last.name == "checkpoint-8", "a stopped run continues from the newest one"
 
 
 def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path):
@@ -579,6 +582,52 @@ def test_every_divergence_decreases_with_adapters_on_bf16_weights(run, name):
     assert losses[-1] < losses[0]
     for weight_name, value in model.named_parameters():
         assert value.dtype == (torch.float32 if "lora_" in weight_name else torch.bfloat16)
+
+
+def test_modules_kept_in_float32_are_found_by_their_names_without_adapters(run, monkeypatch):
+    """ "base" matches no module, but each layer that peft wraps has a `base_layer`. The forward of
+    this family cannot compute in two dtypes, which is found before the first step."""
+    config = replace(run, **BF16)
+    loaded = load_model(config, read(config))
+    model = loaded.language_model.model
+    monkeypatch.setattr(model, "_keep_in_fp32_modules_strict", {"base", r"q_proj\.weight"})
+    with pytest.raises(ValueError, match="does not read plain text"):
+        narrowed(loaded, config)
+    frozen = {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad}
+    wide = {name for name, dtype in frozen.items() if dtype is torch.float32}
+    assert wide == {name for name in frozen if "q_proj" in name}
+    assert 0 < len(wide) < len(frozen)
+
+
+def test_a_process_uses_one_gpu(run, monkeypatch):
+    """Of several GPUs without torchrun; DataParallel would divide rows and targets differently."""
+    of_this_machine = TrainingArguments.__dict__["_setup_devices"].func
+
+    def devices(arguments):
+        device = of_this_machine(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    found = cached_property(devices)
+    found.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
+    prepared = prepare(run)
+    trainer = make_trainer(run, prepared.loaded.model, prepared.material)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == run.batch_size
+
+
+@pytest.mark.parametrize("processes", [1, 3, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_are_those_of_all_processes_together(run, monkeypatch, processes, accumulation):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = replace(run, steps=None, epochs=2, accumulation=accumulation)
+    material = read(config)
+    # As transformers counts: batches, which accelerate divides among processes, then accumulation.
+    batches = math.ceil(len(material.train) / config.batch_size)
+    expected = math.ceil(math.ceil(batches / processes) / accumulation)
+    assert steps_of_epoch(config, material) == expected
+    assert steps_of(config, material) == 2 * expected
 
 
 def test_weights_in_bf16_take_half_the_memory(run):
