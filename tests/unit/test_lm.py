@@ -366,7 +366,7 @@ def test_float32_in_place_of_auto_is_logged_once(tmp_path, monkeypatch, caplog):
     examined = examine(tmp_path)
     for dtype in ("auto", "auto", "float32"):
         dtype_for(examined, dtype, "cpu")
-    assert [record.name for record in caplog.records] == ["dftserve.lm"]
+    assert [record.name for record in caplog.records] == ["dftserve.pretrained"]
     assert "are loaded in float32" in caplog.text
 
 
