@@ -46,6 +46,8 @@ HELD_OUT = 5
 """One prompt in so many is held out: recall is measured on its answers, which contribute no
 tokenisations."""
 SHOWN_OPENERS = 20
+PART = "\ufffd"
+"""What a token decodes to if it ends inside a character."""
 ANSWERS = "-answers"
 
 Say = Callable[[str], object]
@@ -389,12 +391,17 @@ def _outside(automaton: Automaton, encoded: Encoded) -> NDArray[np.bool_]:
 
 
 def _allowed(tokenizer: Any, vocabulary: int, known_names: frozenset[str]) -> NDArray[np.bool_]:
-    """Tokens that are text, contain no digit, and are not names."""
+    """Tokens that are text, contain no digit, dash or part of a character, and are not names.
+
+    Dashes are a habit that is only reported; parts of a character may be those of a dash.
+    """
     allowed_V = np.zeros(vocabulary, bool)
     for token, piece in enumerate(token_pieces(tokenizer)[:vocabulary]):
         text = "" if piece is None else piece.decode(errors="replace").strip()
         is_name = text[:1].isupper() and text.lower() in known_names
-        allowed_V[token] = piece is not None and not is_name and not any(map(str.isdigit, text))
+        is_dash = "—" in normalise(text) or PART in text
+        has_digit = any(map(str.isdigit, text))
+        allowed_V[token] = piece is not None and not (is_name or is_dash or has_digit)
     return allowed_V
 
 

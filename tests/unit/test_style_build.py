@@ -148,6 +148,43 @@ def test_both_sides_are_restricted_to_their_common_prompts():
     assert (len(model), len(human), is_shared) == (3, 3, False)
 
 
+def test_typesetting_of_long_works_is_no_choice_of_words(job, tmp_path):
+    """The same author's text in long works and in answers gives no δ, since both are compared as
+    they were written. Dashes have none even where the sides differ."""
+    rng = random.Random(2)
+
+    def written(sentences, dash):
+        lines = []
+        for n in range(sentences):
+            a, b, c, d = rng.choices(PLAIN, k=4)
+            lines.append(f"“{a} {b}’s {c}{dash}{d},” {a}…" + ("\n" if n % 3 else " "))
+        return "".join(lines)
+
+    def deltas(name, human_dash):
+        answers = [{"prompt": f"Ask {n % 16}.", "response": written(40, "—")} for n in range(96)]
+        works = [{"text": written(400, human_dash)} for _ in range(12)]
+        for side, rows in (("answers", answers), ("works", works)):
+            lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+            (tmp_path / f"{name}-{side}.jsonl").write_text(lines)
+        of_both = replace(
+            job,
+            corpus=tmp_path / f"{name}-works.jsonl",
+            answers=tmp_path / f"{name}-answers.jsonl",
+            out=tmp_path / name,
+        )
+        profile = build(of_both, lambda line: None).profile
+        return np.flatnonzero(profile.unigram_V), profile.bigram_token_M
+
+    tokenizer = builds.load_tokenizer(job.model)
+    pieces = builds.token_pieces(tokenizer)
+    same, same_pairs = deltas("same", "—")
+    assert (len(same), len(same_pairs)) == (0, 0)
+    other, other_pairs = deltas("other", " — ")
+    changed = [pieces[token] for token in {*other.tolist(), *other_pairs.tolist()}]
+    assert changed, "the sides differ in their spaces"
+    assert all(piece.isascii() for piece in changed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

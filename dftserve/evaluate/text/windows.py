@@ -7,7 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dftserve.evaluate.text.tokenize import normalise, window, without_echo, words
+from dftserve.evaluate.text.tokenize import (
+    normalise,
+    window,
+    without_echo,
+    word_starts,
+    words,
+)
 
 WORDS = 120
 LEAST_WORDS = 80
@@ -93,17 +99,19 @@ class Windows:
 def pieces(sample: Sample, length: int, most: int) -> list[Sample]:
     """Up to `most` pieces of a long work, of `length` words each, evenly spaced.
 
-    A work of less than twice the length is returned whole.
+    A piece is a part of the text as it was written, so that it can be compared with whole texts. A
+    work of less than twice the length is returned whole.
     """
-    text = normalise(sample.text)
-    count = min(most, len(words(text)) // length)
+    starts = word_starts(sample.text)
+    count = min(most, len(starts) // length)
     if count < 2:
         return [sample]
-    step = len(words(text)) // count
+    step = len(starts) // count
+    ends = [*starts, len(sample.text)]
     source = sample.source or sample.text[:200]
     return [
-        Sample(window(text, index * step, index * step + length), sample.prompt, source)
-        for index in range(count)
+        replace(sample, text=sample.text[starts[at] : ends[at + length]].rstrip(), source=source)
+        for at in range(0, count * step, step)
     ]
 
 
