@@ -264,6 +264,7 @@ def assess(
         },
         compared=compared,
         embeddings=instruments.embed.name if instruments.embed else None,
+        phrases=instruments.phrases.digest,
         human=side(calibration, test, anchors.human),
         levels=levels,
         cost={

@@ -20,7 +20,7 @@ from dftserve.evaluate.accuracy.compare import compare as compare_accuracy
 from dftserve.evaluate.accuracy.report import read as read_accuracy
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.metrics.intervals import Estimate
-from dftserve.evaluate.metrics.slop import read_phrases
+from dftserve.evaluate.metrics.slop import Phrases, read_phrases
 from dftserve.evaluate.metrics.suite import MEASURES, _clipped
 from dftserve.evaluate.report.compare import compare
 from dftserve.evaluate.report.figures import Accuracy, figures
@@ -297,6 +297,62 @@ def test_runs_that_left_out_different_prompts_are_not_paired(result, tmp_path):
     }
     assert widths["same"].high == widths["same"].low == 0
     assert widths["other"].high == widths["unrecorded"].high > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "other", "depending"),
+    [
+        (
+            "compared",
+            12,
+            {"self-BLEU", "distinct-1", "self-repetition", "Vendi, style", "token JS"},
+        ),
+        ("embeddings", "B", {"meaning distance", "Vendi, meaning", "distinct of 8"}),
+        ("phrases", "0" * 64, {"AI phrases"}),
+    ],
+)
+def test_what_depends_on_a_difference_of_the_runs_is_left_out_with_the_reason(
+    result, tmp_path, field, other, depending
+):
+    given = json.loads(result.as_json()) | {"embeddings": "A"}
+    for side in (given["human"], *(level["side"] for level in given["levels"])):
+        meaning = ("mmd_meaning", "vendi_meaning", "distinct_8")
+        side["measures"] |= {name: side["measures"]["mmd_style"] for name in meaning}
+    for level in given["levels"]:
+        level["side"]["measures"]["slop"]["value"] = given["human"]["measures"]["slop"]["value"] + 1
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text(json.dumps(given))
+    second.write_text(json.dumps(given | {field: other}))
+    same, found = compare(first, first), compare(first, second)
+    assert same.notes == ()
+    (note,) = found.notes
+    assert note.startswith("Left out: ")
+    assert f"`{field}`" in note
+    for (_, all_rows), (_, rows) in zip(same.levels, found.levels, strict=True):
+        titles, kept = ({row.title for row in each} for each in (all_rows, rows))
+        assert depending <= titles - kept
+        assert all(title in note for title in titles - kept)
+        assert {"Style Diversity Score", "style distance", "“not X, but Y”"} <= kept
+    assert note in found.render()
+    assert ("of the way from a to human" in found.render()) == (field != "phrases")
+
+
+def test_phrases_that_an_earlier_version_did_not_record_are_taken_for_the_same(result, tmp_path):
+    first = write(result, tmp_path / "a.json")
+    given = json.loads(first.read_text())
+    del given["phrases"]
+    (tmp_path / "b.json").write_text(json.dumps(given))
+    compared = compare(first, tmp_path / "b.json")
+    assert [row.title for row in compared.levels[0][1]] == [
+        row.title for row in compare(first, first).levels[0][1]
+    ]
+    assert "earlier version" in compared.render()
+
+
+def test_the_digest_of_phrases_is_that_of_the_set():
+    phrases = ["a testament to", "rich tapestry", "a tapestry"]
+    assert Phrases.of(phrases).digest == Phrases.of(phrases[::-1]).digest
+    assert Phrases.of(phrases).digest != Phrases.of(phrases[1:]).digest
 
 
 def test_a_single_prompt_gives_no_p_value(anchors, instruments):
