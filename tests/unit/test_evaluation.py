@@ -27,7 +27,7 @@ from dftserve.evaluate.report.figures import Accuracy, figures
 from dftserve.evaluate.report.html import as_html, as_text
 from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess, server
 from dftserve.evaluate.text.thinking import CUT_NOTE
-from dftserve.evaluate.text.windows import Sample
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample
 from tests.texts import human_like
 
 TEXTS = 24
@@ -435,13 +435,70 @@ def test_answers_cut_in_their_thinking_are_counted_but_not_measured(anchors, ins
     result = assess(larger_request_grid(), with_cut(people), anchors, "d", instruments)
     level = result.levels[0]
     assert (level.cut, level.unfinished, plain.cut) == (len(THINKING), 0, 0)
-    assert (level.side, level.tokens) == (plain.side, plain.tokens)
-    assert level.side.score.short == 0, "nor are they counted as short"
+    assert (level.side.measures, level.tokens) == (plain.side.measures, plain.tokens)
+    assert values(level) == values(plain)
+    score = level.side.score
+    assert (score.texts, score.short) == (TEXTS, 0), "nor are they counted as short"
     assert json.loads(result.as_json())["levels"][0]["cut"] == len(THINKING)
     lines = as_text(result).splitlines()
     assert ["cut", "–", "4"] in [line.split() for line in lines]
     assert lines[-1] == CUT_NOTE
     assert CUT_NOTE in as_html(result)
+
+
+def values(level) -> list[float]:
+    """The score and its parts, without the intervals, whose resamples have other texts."""
+    score = level.side.score
+    return [each.value for each in (score.sds, score.variety, score.wording, score.coherence)]
+
+
+@pytest.fixture(scope="module")
+def anchors_in_prompts():
+    return reference.build(
+        [Sample(text, f"asked {i % 16}") for i, text in enumerate(human_like(160, seed=3))]
+    )
+
+
+def answers_to(prompts: int, samples: int) -> list[Answer]:
+    texts = iter(human_like(prompts * samples, seed=5))
+    return [
+        Answer(0, place, sample, next(texts), "stop", 200, None)
+        for place in range(prompts)
+        for sample in range(samples)
+    ]
+
+
+def test_a_prompt_with_one_cut_answer_is_still_scored(anchors_in_prompts, instruments):
+    """Eight answers to it were given, as many as texts compared within prompts need."""
+    replies = answers_to(4, LEAST_TEXTS)
+    cut = [replace(each, text=None) if each.sample == 3 else each for each in replies]
+    asked = request_grid(
+        prompts=tuple(Prompt(f"Prompt {n}") for n in range(4)), grid=(0.0,), samples=LEAST_TEXTS
+    )
+    level = assess(asked, cut, anchors_in_prompts, "d", instruments).levels[0]
+    score = level.side.score
+    assert score.by_prompt
+    assert (level.cut, score.texts, score.short) == (4, 4 * (LEAST_TEXTS - 1), 0)
+    assert score.sds.value > 50
+
+
+@pytest.mark.parametrize("samples", [2, LEAST_TEXTS])
+def test_prompts_that_differ_in_their_system_prompt_are_different_prompts(
+    anchors, instruments, samples
+):
+    """Renaming the users' prompts apart changes no number."""
+    personas = [f"You are writer {n}." for n in range(4)]
+    found = []
+    for prompts in (
+        tuple(Prompt("Go on.", persona) for persona in personas),
+        tuple(Prompt(f"Go on {n}.", persona) for n, persona in enumerate(personas)),
+    ):
+        asked = request_grid(prompts=prompts, grid=(0.0,), samples=samples)
+        level = assess(asked, answers_to(4, samples), anchors, "d", instruments).levels[0]
+        measures = {name: replace(each, parts="") for name, each in level.side.measures.items()}
+        found.append((level.side.score, measures))
+    assert found[0] == found[1]
+    assert found[0][0].by_prompt == (samples == LEAST_TEXTS)
 
 
 def test_a_cut_answer_is_shown_as_cut(anchors, instruments):

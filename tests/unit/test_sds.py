@@ -109,6 +109,7 @@ def mixed(prompts):
         texts=given.texts + rare.texts,
         prompts=given.prompts + rare.prompts,
         sources=given.sources + rare.sources,
+        groups=given.groups + rare.groups,
     )
 
 

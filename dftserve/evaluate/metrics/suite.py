@@ -162,14 +162,14 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     """
     space = instruments.style_space
     tokens_T = [tokens(text) for text in texts.texts]
-    prompts = (*texts.prompts, *human.prompts)
+    groups = (*texts.groups, *human.groups)
     style_TF, human_TF = space.features(texts), space.features(human)
     kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * space.sigma**2))
     found = {
-        **_distances(style_TF, human_TF, prompts, space.sigma, "style"),
+        **_distances(style_TF, human_TF, groups, space.sigma, "style"),
         **_frequencies(tokens_T, [tokens(text) for text in human.texts]),
-        "slop": slop.rate(texts.texts, instruments.phrases, texts.prompts),
-        "contrast": slop.contrast_rate(texts.texts, texts.prompts),
+        "slop": slop.rate(texts.texts, instruments.phrases, texts.groups),
+        "contrast": slop.contrast_rate(texts.texts, texts.groups),
         **_wording(texts, tokens_T),
         "vendi_style": _of_set(texts, lambda at: lexical.vendi(_square(kernel_TT, at), q=2)),
         "burstiness": _burstiness(texts),
@@ -177,11 +177,11 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     if instruments.embed is not None:
         meaning_TF, human_TF = instruments.embed(texts.texts), instruments.embed(human.texts)
         sigma = two_sample.median_distance(human_TF)
-        found |= _distances(meaning_TF, human_TF, prompts, sigma, "meaning")
+        found |= _distances(meaning_TF, human_TF, groups, sigma, "meaning")
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
-    parts = parts_of(texts.prompts)
+    parts = parts_of(texts.groups)
     return {
         name: _with_parts(_clipped(found[name], MEASURES[name]), parts)
         for name in MEASURES
@@ -207,17 +207,17 @@ def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> E
 
 
 def _distances(
-    x_TF: NDArray, human_TF: NDArray, prompts: Sequence[str], sigma: float, space: str
+    x_TF: NDArray, human_TF: NDArray, groups: Sequence[str], sigma: float, space: str
 ) -> dict[str, Estimate]:
-    """`prompts`: of the texts, then of the human ones. If a side has only one prompt, there is
+    """`groups`: of the texts, then of the human ones. If a side has only one prompt, there is
     nothing to permute and no fold to test a classifier on: p and AUC are then left out."""
     mmd = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
     found = {f"mmd_{space}": mmd}
-    sides = prompts[: len(x_TF)], prompts[len(x_TF) :]
+    sides = groups[: len(x_TF)], groups[len(x_TF) :]
     if all("" in side or len(set(side)) > 1 for side in sides):
-        test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=prompts)
+        test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=groups)
         found[f"mmd_{space}_p"] = Estimate(test.p, None, None)
-        found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=prompts)
+        found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=groups)
     return found
 
 
