@@ -48,13 +48,13 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
         sets.append((level.diversity, Windows.of(level.samples, test.words).whole()))
     nats = iter(token_nats(model, [text for _, windows in sets for text in windows.texts]))
     (_, _, human), *answers = [
-        (level, windows.prompts, [next(nats) for _ in windows.texts]) for level, windows in sets
+        (level, windows.groups, [next(nats) for _ in windows.texts]) for level, windows in sets
     ]
     return Surprise(
         model,
-        bits_of(test.texts, human, test.prompts),
-        surprisal_of(human, test.prompts),
-        tuple((level, surprisal_of(found, prompts)) for level, prompts, found in answers if found),
+        bits_of(test.texts, human, test.groups),
+        surprisal_of(human, test.groups),
+        tuple((level, surprisal_of(found, groups)) for level, groups, found in answers if found),
     )
 
 

@@ -74,6 +74,14 @@ class Anchors:
     def test(self) -> Windows:
         return self.splits["test"]
 
+    def has_the_texts_of(self, other: "Anchors") -> bool:
+        """Whether the windows of every split are the same, and answer the same prompts."""
+        return all(
+            (self.words, self.splits[name].texts, self.splits[name].prompts)
+            == (other.words, other.splits[name].texts, other.splits[name].prompts)
+            for name in SHARES
+        )
+
 
 def samples(corpus: Path, *, words: int = WORDS, pieces: int = 1) -> list[Sample]:
     """Human texts of a file or folder that `dftserve.corpus.read` accepts. Of a conversation, the
@@ -179,6 +187,24 @@ def load(folder: Path) -> Anchors:
             "the folder; build it again, and repeat the evaluations that used it."
         )
     return anchors
+
+
+def require_enough_answers(anchors: Anchors, prompts: int, samples: int) -> None:
+    """Check the numbers of prompts and of answers to each before anything is generated.
+
+    Raises:
+        ValueError: too few answers to compare.
+    """
+    if anchors.sds_reference.by_prompt and samples < LEAST_TEXTS:
+        raise ValueError(
+            f"samples: got {samples}; accepted: {LEAST_TEXTS} or more, as these anchors compare "
+            "texts within prompts."
+        )
+    if samples * prompts < LEAST_TEXTS:
+        raise ValueError(
+            f"prompts: got {prompts} with {samples} answers each; accepted: {LEAST_TEXTS} answers "
+            "or more at each diversity."
+        )
 
 
 def render(anchors: Anchors) -> str:
@@ -358,6 +384,7 @@ def _read_splits(folder: Path, words: int) -> dict[str, Windows]:
             texts=tuple(row["text"] for row in rows if row["split"] == name),
             prompts=tuple(row["prompt"] for row in rows if row["split"] == name),
             sources=tuple("" for row in rows if row["split"] == name),
+            groups=tuple(row["prompt"] for row in rows if row["split"] == name),
         )
         for name in SHARES
     }

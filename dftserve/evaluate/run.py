@@ -11,7 +11,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
     """
     anchors = reference.load(job.anchors)
     prompts = read_prompts(job.prompts)
-    _require_enough(anchors, prompts, job.samples)
+    reference.require_enough_answers(anchors, len(prompts), job.samples)
     instruments = Instruments(
         style_space=StyleSpace.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),
@@ -216,11 +216,8 @@ def assess(
     uncut = [[answer for answer in level if not answer.is_cut] for level in by_level]
     cut = [len(level) - len(rest) for level, rest in zip(by_level, uncut, strict=True)]
     windows = [
-        Windows.of(
-            [Sample(each.said, request_grid.prompts[each.place].text) for each in level],
-            anchors.words,
-        )
-        for level in uncut
+        Windows.of([_sample(each, request_grid.prompts) for each in level], anchors.words)
+        for level in by_level
     ]
     whole = [len(level) - level.short for level in windows]
     calibration, test = anchors.splits["calibration"], anchors.test
@@ -244,7 +241,7 @@ def assess(
     levels = tuple(
         Level(
             diversity=request_grid.grid[index],
-            side=side(texts, test, score(texts, anchors.sds_reference)),
+            side=side(texts, test, _score(texts, cut[index], anchors)),
             tokens=mean([each.tokens for each in level], groups=_prompt_groups(level)),
             cut=cut[index],
             unfinished=sum(each.finish_reason == "length" for each in level),
@@ -264,6 +261,7 @@ def assess(
         },
         compared=compared,
         embeddings=instruments.embed.name if instruments.embed else None,
+        phrases=instruments.phrases.digest,
         human=side(calibration, test, anchors.human),
         levels=levels,
         cost={
@@ -274,18 +272,17 @@ def assess(
     )
 
 
-def _require_enough(anchors: Anchors, prompts: Sequence[Prompt], samples: int) -> None:
-    """Check the number of answers before anything is generated."""
-    if anchors.sds_reference.by_prompt and samples < LEAST_TEXTS:
-        raise ValueError(
-            f"samples: got {samples}; accepted: {LEAST_TEXTS} or more, as these anchors compare "
-            "texts within prompts."
-        )
-    if samples * len(prompts) < LEAST_TEXTS:
-        raise ValueError(
-            f"prompts: got {len(prompts)} with {samples} answers each; accepted: {LEAST_TEXTS} "
-            "answers or more at each diversity."
-        )
+def _sample(answer: Answer, prompts: Sequence[Prompt]) -> Sample:
+    """A cut answer is an empty text, so that the others to its prompt are still enough to compare
+    within it."""
+    prompt = prompts[answer.place]
+    return Sample("" if answer.is_cut else answer.said, prompt.text, group=prompt.group)
+
+
+def _score(texts: Windows, cut: int, anchors: Anchors) -> Score:
+    """The score, whose numbers of texts do not include the answers that are cut."""
+    found = score(texts, anchors.sds_reference)
+    return replace(found, texts=found.texts - cut, short=found.short - cut)
 
 
 def _require_english(windows: Sequence[Windows]) -> None:

@@ -7,6 +7,7 @@ Answers come from a file, from the folder of an evaluation, or from a server. A 
 for the answers that the folder lacks, so the same job resumes where it was stopped.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ from dftserve.evaluate.text.tokenize import normalise, sentences, words
 from dftserve.evaluate.text.windows import Sample
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.openai_client import Server
+from dftserve.sampling.style.tables import DEEPEST
 from dftserve.sampling.token_classes import token_pieces
 from dftserve.serve import base_url
 from dftserve.styles import profile as profiles
@@ -33,6 +35,7 @@ from dftserve.styles import spellings, tilt
 from dftserve.styles.automaton import Automaton, completions, count_harms
 from dftserve.styles.automaton import build as build_automaton
 from dftserve.styles.counts import PER, Choice, Side, Tally, names, over_used
+from dftserve.styles.folder import check_depth
 from dftserve.styles.profile import Phrase, Profile, Stored
 from dftserve.styles.spellings import Encoded, Finder
 from dftserve.targets.document import load_tokenizer
@@ -46,6 +49,8 @@ HELD_OUT = 5
 """One prompt in so many is held out: recall is measured on its answers, which contribute no
 tokenisations."""
 SHOWN_OPENERS = 20
+PART = "\ufffd"
+"""What a token decodes to if it ends inside a character."""
 ANSWERS = "-answers"
 
 Say = Callable[[str], object]
@@ -101,12 +106,26 @@ class Job:
                 f"answers: got the file {self.answers} and a server; accepted: a file of answers "
                 "without --server, or a folder in which to store the server's answers."
             )
+        if not profiles.is_model_name(self.model_name):
+            raise ValueError(
+                f"model: got {self.model!r:.80}; accepted: a folder or a name on the Hub, the last "
+                f"part of which is {profiles.MODEL_NAME}."
+            )
+        for name, most in profiles.MOST_OF_DEFAULTS.items():
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise ValueError(f"{name}: got {value}; accepted: 0 to {most}.")
         if self.concurrency < 1:
             raise ValueError(f"concurrency: got {self.concurrency}; accepted: 1 or more.")
 
     @property
     def profile_name(self) -> str:
         return self.name or self.out.name
+
+    @property
+    def model_name(self) -> str:
+        """The last part of the model's name; of a folder given as `.` or `..`, its own name."""
+        return Path(os.path.abspath(self.model)).name
 
     @property
     def answers_folder(self) -> Path:
@@ -129,7 +148,9 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
     if job.out.exists():
         raise FileExistsError(f"{job.out} exists; choose another place, or remove it.")
     tokenizer = load_tokenizer(job.model)
+    spellings.require_offsets(tokenizer)
     known = slop.read_lines(job.phrases or slop.OURS)
+    _require_short(tokenizer, known)
     human = read_samples(job.corpus, words=PIECE, pieces=MOST_PIECES)
     if not any(words(text.text) for text in human):  # Before hours of requests to a server.
         raise ValueError(
@@ -137,11 +158,7 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
             ".md, .rst, .jsonl (.gz), .json, .csv, .parquet, or a folder of such)."
         )
     model = answers_of(job, say, tick)
-    if len(model) < LEAST_ANSWERS:
-        raise ValueError(
-            f"answers: got {len(model)}; accepted: {LEAST_ANSWERS} or more, and a few thousand are "
-            "better. Give more prompts, or more answers to each (--samples)."
-        )
+    _require_enough(len(model))
     model, human, is_shared = on_shared_prompts(model, human)
     say(f"Comparing {len(model):,} answers with {len(human):,} texts by people…")
     stored = profile_of(job, tokenizer, Side(model), Side(human), known, is_shared)
@@ -149,6 +166,32 @@ def build(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> 
     for line in warnings(stored):
         say(f"Warning: {line}")
     return stored
+
+
+def _require_short(tokenizer: Any, known: Sequence[str]) -> None:
+    """Check that a profile, and an engine, may have each of the known phrases."""
+    for phrase in known:
+        if len(phrase) > profiles.LONGEST_PHRASE:
+            raise ValueError(
+                f"phrases: got {phrase!r:.80} of {len(phrase)} characters; accepted: at most "
+                f"{profiles.LONGEST_PHRASE}."
+            )
+    # A token is a byte or more, apart from the few around the phrase.
+    long = [phrase for phrase in known if len(phrase.encode(errors="replace")) > DEEPEST // 2]
+    for pattern in spellings.spell(tokenizer, long):
+        if len(pattern.tokens) > DEEPEST:
+            raise ValueError(
+                f"phrases: got {long[pattern.phrase]!r:.80} of {len(pattern.tokens)} tokens; "
+                f"accepted: at most {DEEPEST}."
+            )
+
+
+def _require_enough(answers: int) -> None:
+    if answers < LEAST_ANSWERS:
+        raise ValueError(
+            f"answers: got {answers}; accepted: {LEAST_ANSWERS} or more, and a few thousand are "
+            "better. Give more prompts, or more answers to each (--samples)."
+        )
 
 
 def warnings(stored: Stored) -> Iterator[str]:
@@ -202,6 +245,7 @@ def _from_server(job: Job, say: Say, tick: Tick) -> list[Sample]:
     assert job.prompts is not None
     asked, folder = prompts.read(job.prompts), job.answers_folder
     done, total = grid.count_answers(folder), len(asked) * job.samples
+    _require_enough(total)
     say(f"{folder}: {done} of {total} answers are there.")
     server = Server(base_url(job.server), job.key_variable)
     kept = (grid.read_asked(folder) or {}).get("model") if done == total else None
@@ -266,7 +310,7 @@ def profile_of(
         vocabulary=V,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         template_fingerprint=template_fingerprint(tokenizer),
-        model=Path(job.model).name,
+        model=job.model_name,
         phrases=tuple(_phrase(tally, model, human) for tally in tallies),
         root_next_V=automaton.root_next_V,
         root_log_factor_V=factor_A[automaton.root_next_V],
@@ -282,6 +326,7 @@ def profile_of(
         strength=job.strength,
         max_kl=job.max_kl,
     )
+    check_depth(profile)
     counts = {
         "model": _size(model),
         "human": _size(human),
@@ -389,12 +434,17 @@ def _outside(automaton: Automaton, encoded: Encoded) -> NDArray[np.bool_]:
 
 
 def _allowed(tokenizer: Any, vocabulary: int, known_names: frozenset[str]) -> NDArray[np.bool_]:
-    """Tokens that are text, contain no digit, and are not names."""
+    """Tokens that are text, contain no digit, dash or part of a character, and are not names.
+
+    Dashes are a habit that is only reported; parts of a character may be those of a dash.
+    """
     allowed_V = np.zeros(vocabulary, bool)
     for token, piece in enumerate(token_pieces(tokenizer)[:vocabulary]):
         text = "" if piece is None else piece.decode(errors="replace").strip()
         is_name = text[:1].isupper() and text.lower() in known_names
-        allowed_V[token] = piece is not None and not is_name and not any(map(str.isdigit, text))
+        is_dash = "—" in normalise(text) or PART in text
+        has_digit = any(map(str.isdigit, text))
+        allowed_V[token] = piece is not None and not (is_name or is_dash or has_digit)
     return allowed_V
 
 

@@ -34,6 +34,7 @@ from scipy.special import xlogy
 from dftserve.evaluate.metrics.stylometry import FUNCTION_WORDS
 from dftserve.evaluate.text.tokenize import spans
 from dftserve.evaluate.text.windows import Sample
+from dftserve.styles.profile import LONGEST_PHRASE
 
 Gram = tuple[str, ...]
 
@@ -313,7 +314,10 @@ def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
 
 
 def _is_eligible(gram: Gram, known_names: frozenset[str], common: frozenset[str]) -> bool:
-    """Whether a run may be a phrase: no names, no digits, and content words if it is short."""
+    """Whether a run may be a phrase: no names, no digits, content words if it is short, and no
+    more characters than a profile accepts, which a model's endless word has."""
+    if len(" ".join(gram)) > LONGEST_PHRASE:
+        return False
     if any(word in known_names or any(map(str.isdigit, word)) for word in gram):
         return False
     content = _content(gram)

@@ -115,6 +115,8 @@ class StyledAnswer:
     held_out: bool
     kl: float | None
     """Mean nats per token that the style cost, if the server reports it."""
+    group: str = ""
+    """As that of a `Sample`."""
 
 
 Ask = Callable[[str, int], Sequence[StyledAnswer]]
@@ -146,6 +148,8 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
     stored = profiles.load(job.profile)
     asked = prompts.read(job.prompts)
     anchors = None if job.anchors is None else reference.load(job.anchors)
+    if anchors is not None:
+        reference.require_enough_answers(anchors, len(asked), job.samples)
     if (job.out / stored.profile.name).exists():
         raise FileExistsError(
             f"{job.out / stored.profile.name} exists: this fit is done; choose another --out."
@@ -328,7 +332,8 @@ def _round(
 def unfitted(answers: Sequence[StyledAnswer], anchors: Anchors) -> dict[str, float]:
     """Measures that the fit does not use: the Style Diversity Score, and √MMD² of style features to
     held-out human text. Empty where too few answers are long enough."""
-    texts = Windows.of([Sample(answer.text, answer.prompt) for answer in answers], anchors.words)
+    samples = [Sample(answer.text, answer.prompt, group=answer.group) for answer in answers]
+    texts = Windows.of(samples, anchors.words)
     whole, human = texts.whole(), anchors.test
     if len(whole) < LEAST_TEXTS:
         return {}
@@ -372,7 +377,7 @@ def _answers(
         answers = grid.generate(
             wanted, folder, server=server, concurrency=job.concurrency, tick=tick
         )
-    return [_styled_answer(answer, asked) for answer in answers if answer.said.strip()]
+    return [_styled_answer(answer, asked[answer.place], len(asked)) for answer in answers]
 
 
 def _model(job: Job, folder: Path, is_whole: bool, say: Say) -> str:
@@ -386,12 +391,14 @@ def _model(job: Job, folder: Path, is_whole: bool, say: Say) -> str:
     return first_model(Server(base_url(job.server), job.key_variable), kept, say)
 
 
-def _styled_answer(answer: Answer, asked: tuple[Prompt, ...]) -> StyledAnswer:
+def _styled_answer(answer: Answer, prompt: Prompt, prompts: int) -> StyledAnswer:
+    """Empty answers are kept, as a prompt with fewer of them could not be scored (`unfitted`)."""
     return StyledAnswer(
         text=answer.said,
-        prompt=asked[answer.place].text,
-        held_out=len(asked) >= HELD_OUT and answer.place % HELD_OUT == HELD_OUT - 1,
+        prompt=prompt.text,
+        held_out=prompts >= HELD_OUT and answer.place % HELD_OUT == HELD_OUT - 1,
         kl=(answer.figures or {}).get("mean_kl"),
+        group=prompt.group,
     )
 
 

@@ -50,6 +50,9 @@ LARGEST_HEADER = 1 << 14
 """Maximum bytes of the safetensors header; its names and shapes take about 1,500."""
 LONGEST_PHRASE = 200
 """Characters."""
+MOST_OF_DEFAULTS = {"strength": 1, "max_kl": 10}
+"""Maxima of the values for requests that give none; both are at least 0."""
+MODEL_NAME = "a name of at most 255 printable characters"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -133,7 +136,8 @@ class Profile:
             _refuse("vocabulary", f"{self.vocabulary}", f"1 to {LARGEST_VOCABULARY:,}")
         if len(self.phrases) > MOST_PHRASES:
             _refuse("phrases", f"{len(self.phrases):,}", f"at most {MOST_PHRASES:,}")
-        for name, value, most in (("strength", self.strength, 1), ("max_kl", self.max_kl, 10)):
+        for name, most in MOST_OF_DEFAULTS.items():
+            value = getattr(self, name)
             if not 0 <= value <= most:
                 _refuse(name, f"{value}", f"0 to {most}")
         _check_automaton(self)
@@ -256,6 +260,11 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def is_model_name(name: str) -> bool:
+    """Whether a profile may be of a model of this name: `MODEL_NAME`."""
+    return bool(name) and len(name) <= 255 and name.isprintable()
+
+
 def _check_names(profile: Profile) -> None:
     if not is_name(profile.name):
         _refuse("name", f"{profile.name!r:.80}", "up to 64 letters, digits, '.', '_' and '-'")
@@ -265,8 +274,8 @@ def _check_names(profile: Profile) -> None:
     for each in fingerprints:
         if not _SHA256.fullmatch(each):
             _refuse("fingerprint", f"{each!r:.80}", "64 hexadecimal digits")
-    if not profile.model or len(profile.model) > 255 or not profile.model.isprintable():
-        _refuse("model", f"{profile.model!r:.80}", "a name of at most 255 printable characters")
+    if not is_model_name(profile.model):
+        _refuse("model", f"{profile.model!r:.80}", MODEL_NAME)
 
 
 def _check_automaton(profile: Profile) -> None:

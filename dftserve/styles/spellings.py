@@ -60,7 +60,7 @@ class Finder:
                     yield number, items[at][1], items[at + len(phrase) - 1][2]
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+def require_offsets(tokenizer: Any) -> None:
     """
     Raises:
         ValueError: the tokenizer does not report the offsets of its tokens.
@@ -70,6 +70,14 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
             f"tokenizer: got {type(tokenizer).__name__}, which does not report the offsets of its "
             "tokens; accepted: a model with a tokenizer.json."
         )
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+    """
+    Raises:
+        ValueError: as `require_offsets`.
+    """
+    require_offsets(tokenizer)
     found: list[Encoded] = []
     for start in range(0, len(texts), AT_ONCE):
         made = tokenizer(

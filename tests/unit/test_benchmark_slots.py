@@ -84,6 +84,13 @@ def test_a_slot_that_was_not_requested_counts_as_added(slot):
     assert errors(TEXT, less).added == 1
 
 
+def test_a_slot_without_a_pattern_is_matched_literally():
+    meaning = parse("name[Acer], screen[15 inch]")
+    found = errors("The Acer is a nice laptop.", meaning)
+    assert (found.missing, found.wrong, found.added) == (1, 0, 0)
+    assert errors("The Acer has a 15 inch screen.", meaning).rate == 0
+
+
 def test_words_inside_a_name_are_not_values():
     """`Raja Indian Cuisine` does not mean Indian food, nor `Burger King` fast food."""
     meaning = parse("name[Cotto], near[Raja Indian Cuisine], eatType[pub]")

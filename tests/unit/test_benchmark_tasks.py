@@ -70,7 +70,7 @@ def test_essays_are_prose_of_many_sources(data):
     assert len(sources) > 40
     assert max(sources.values()) <= 4
     assert all(len(words(sample.text)) == 120 for sample in task.human)
-    assert not any("\n    " in sample.text or "::" in sample.text[-2:] for sample in task.human)
+    assert not any("\n\n " in sample.text or "::" in sample.text[-2:] for sample in task.human)
 
 
 def test_every_meaning_has_enough_human_texts(data):

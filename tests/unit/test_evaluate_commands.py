@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,40 @@ def test_the_benchmark_runs_each_task_and_skips_those_without_data(tmp_path):
     assert skipped.exit_code == 2, "nothing was measured"
     assert skipped.output.count("skipped") == 3
     assert "none has its texts" in skipped.output
+
+
+@pytest.mark.parametrize(
+    ("samples", "people", "message"),
+    [(4, 8, "samples: got 4; accepted: 8 or more"), (8, 7, "none of its 1 prompts has 8 human")],
+)
+def test_too_few_wordings_are_refused_before_any_answer(
+    tmp_path, monkeypatch, samples, people, message
+):
+    prompt = Prompt("Describe it.", about={"meaning": "name[Zizzi]"})
+    human = tuple(Sample(f"Zizzi is number {n} here.", prompt.text) for n in range(people))
+    task = Task("Meaning", "", "meaning", (prompt,), human, 0, 16, 64)
+    monkeypatch.setattr(benchmark.tasks, "load", lambda name, data: task)
+    with chat(lambda body: pytest.fail("a request was sent")) as url:
+        job = benchmark.Job(model=url, out=tmp_path, tasks=("e2e",), samples=samples)
+        with pytest.raises(ValueError, match=message):
+            benchmark.run(job, lambda _: None, lambda *_: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_anchors_of_other_human_texts_are_refused(tmp_path):
+    human = tuple(Sample(text) for text in human_like(70))
+    task = Task("Style", "", "style", (Prompt("Write."),), human, 120, 8, 64)
+    benchmark._write_anchors(tmp_path, task)
+    benchmark._write_anchors(tmp_path, replace(task, human=human[::-1]))
+    for changed in (replace(task, human=human[1:]), replace(task, words=100)):
+        with pytest.raises(ValueError, match=r"anchors: built from other human texts.*--out"):
+            benchmark._write_anchors(tmp_path, changed)
+
+
+def test_tasks_of_the_same_name_are_refused(tmp_path):
+    """They would share a folder, and only the last one would run."""
+    with pytest.raises(ValueError, match=r"more than one is named 'mine'; accepted"):
+        benchmark.Job(model="m", out=tmp_path, tasks=("a/mine.yaml", "story", "b/mine.yml"))
 
 
 def test_the_slot_error_rate_leaves_out_answers_cut_in_their_thinking(tmp_path):

@@ -20,14 +20,14 @@ from dftserve.evaluate.accuracy.compare import compare as compare_accuracy
 from dftserve.evaluate.accuracy.report import read as read_accuracy
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.metrics.intervals import Estimate
-from dftserve.evaluate.metrics.slop import read_phrases
+from dftserve.evaluate.metrics.slop import Phrases, read_phrases
 from dftserve.evaluate.metrics.suite import MEASURES, _clipped
 from dftserve.evaluate.report.compare import compare
 from dftserve.evaluate.report.figures import Accuracy, figures
 from dftserve.evaluate.report.html import as_html, as_text
 from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess, server
 from dftserve.evaluate.text.thinking import CUT_NOTE
-from dftserve.evaluate.text.windows import Sample
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample
 from tests.texts import human_like
 
 TEXTS = 24
@@ -299,6 +299,62 @@ def test_runs_that_left_out_different_prompts_are_not_paired(result, tmp_path):
     assert widths["other"].high == widths["unrecorded"].high > 0
 
 
+@pytest.mark.parametrize(
+    ("field", "other", "depending"),
+    [
+        (
+            "compared",
+            12,
+            {"self-BLEU", "distinct-1", "self-repetition", "Vendi, style", "token JS"},
+        ),
+        ("embeddings", "B", {"meaning distance", "Vendi, meaning", "distinct of 8"}),
+        ("phrases", "0" * 64, {"AI phrases"}),
+    ],
+)
+def test_what_depends_on_a_difference_of_the_runs_is_left_out_with_the_reason(
+    result, tmp_path, field, other, depending
+):
+    given = json.loads(result.as_json()) | {"embeddings": "A"}
+    for side in (given["human"], *(level["side"] for level in given["levels"])):
+        meaning = ("mmd_meaning", "vendi_meaning", "distinct_8")
+        side["measures"] |= {name: side["measures"]["mmd_style"] for name in meaning}
+    for level in given["levels"]:
+        level["side"]["measures"]["slop"]["value"] = given["human"]["measures"]["slop"]["value"] + 1
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text(json.dumps(given))
+    second.write_text(json.dumps(given | {field: other}))
+    same, found = compare(first, first), compare(first, second)
+    assert same.notes == ()
+    (note,) = found.notes
+    assert note.startswith("Left out: ")
+    assert f"`{field}`" in note
+    for (_, all_rows), (_, rows) in zip(same.levels, found.levels, strict=True):
+        titles, kept = ({row.title for row in each} for each in (all_rows, rows))
+        assert depending <= titles - kept
+        assert all(title in note for title in titles - kept)
+        assert {"Style Diversity Score", "style distance", "“not X, but Y”"} <= kept
+    assert note in found.render()
+    assert ("of the way from a to human" in found.render()) == (field != "phrases")
+
+
+def test_phrases_that_an_earlier_version_did_not_record_are_taken_for_the_same(result, tmp_path):
+    first = write(result, tmp_path / "a.json")
+    given = json.loads(first.read_text())
+    del given["phrases"]
+    (tmp_path / "b.json").write_text(json.dumps(given))
+    compared = compare(first, tmp_path / "b.json")
+    assert [row.title for row in compared.levels[0][1]] == [
+        row.title for row in compare(first, first).levels[0][1]
+    ]
+    assert "earlier version" in compared.render()
+
+
+def test_the_digest_of_phrases_is_that_of_the_set():
+    phrases = ["a testament to", "rich tapestry", "a tapestry"]
+    assert Phrases.of(phrases).digest == Phrases.of(phrases[::-1]).digest
+    assert Phrases.of(phrases).digest != Phrases.of(phrases[1:]).digest
+
+
 def test_a_single_prompt_gives_no_p_value(anchors, instruments):
     """Its answers are one group: there is nothing to permute."""
     people = human_like(TEXTS, seed=7)
@@ -379,13 +435,70 @@ def test_answers_cut_in_their_thinking_are_counted_but_not_measured(anchors, ins
     result = assess(larger_request_grid(), with_cut(people), anchors, "d", instruments)
     level = result.levels[0]
     assert (level.cut, level.unfinished, plain.cut) == (len(THINKING), 0, 0)
-    assert (level.side, level.tokens) == (plain.side, plain.tokens)
-    assert level.side.score.short == 0, "nor are they counted as short"
+    assert (level.side.measures, level.tokens) == (plain.side.measures, plain.tokens)
+    assert values(level) == values(plain)
+    score = level.side.score
+    assert (score.texts, score.short) == (TEXTS, 0), "nor are they counted as short"
     assert json.loads(result.as_json())["levels"][0]["cut"] == len(THINKING)
     lines = as_text(result).splitlines()
     assert ["cut", "–", "4"] in [line.split() for line in lines]
     assert lines[-1] == CUT_NOTE
     assert CUT_NOTE in as_html(result)
+
+
+def values(level) -> list[float]:
+    """The score and its parts, without the intervals, whose resamples have other texts."""
+    score = level.side.score
+    return [each.value for each in (score.sds, score.variety, score.wording, score.coherence)]
+
+
+@pytest.fixture(scope="module")
+def anchors_in_prompts():
+    return reference.build(
+        [Sample(text, f"asked {i % 16}") for i, text in enumerate(human_like(160, seed=3))]
+    )
+
+
+def answers_to(prompts: int, samples: int) -> list[Answer]:
+    texts = iter(human_like(prompts * samples, seed=5))
+    return [
+        Answer(0, place, sample, next(texts), "stop", 200, None)
+        for place in range(prompts)
+        for sample in range(samples)
+    ]
+
+
+def test_a_prompt_with_one_cut_answer_is_still_scored(anchors_in_prompts, instruments):
+    """Eight answers to it were given, as many as texts compared within prompts need."""
+    replies = answers_to(4, LEAST_TEXTS)
+    cut = [replace(each, text=None) if each.sample == 3 else each for each in replies]
+    asked = request_grid(
+        prompts=tuple(Prompt(f"Prompt {n}") for n in range(4)), grid=(0.0,), samples=LEAST_TEXTS
+    )
+    level = assess(asked, cut, anchors_in_prompts, "d", instruments).levels[0]
+    score = level.side.score
+    assert score.by_prompt
+    assert (level.cut, score.texts, score.short) == (4, 4 * (LEAST_TEXTS - 1), 0)
+    assert score.sds.value > 50
+
+
+@pytest.mark.parametrize("samples", [2, LEAST_TEXTS])
+def test_prompts_that_differ_in_their_system_prompt_are_different_prompts(
+    anchors, instruments, samples
+):
+    """Renaming the users' prompts apart changes no number."""
+    personas = [f"You are writer {n}." for n in range(4)]
+    found = []
+    for prompts in (
+        tuple(Prompt("Go on.", persona) for persona in personas),
+        tuple(Prompt(f"Go on {n}.", persona) for n, persona in enumerate(personas)),
+    ):
+        asked = request_grid(prompts=prompts, grid=(0.0,), samples=samples)
+        level = assess(asked, answers_to(4, samples), anchors, "d", instruments).levels[0]
+        measures = {name: replace(each, parts="") for name, each in level.side.measures.items()}
+        found.append((level.side.score, measures))
+    assert found[0] == found[1]
+    assert found[0][0].by_prompt == (samples == LEAST_TEXTS)
 
 
 def test_a_cut_answer_is_shown_as_cut(anchors, instruments):

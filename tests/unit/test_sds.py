@@ -109,6 +109,7 @@ def mixed(prompts):
         texts=given.texts + rare.texts,
         prompts=given.prompts + rare.prompts,
         sources=given.sources + rare.sources,
+        groups=given.groups + rare.groups,
     )
 
 
@@ -218,7 +219,9 @@ def test_short_texts_remain_units_of_the_resampling():
     scale, gate = sds_reference.scale, sds_reference.coherence_filter
     assert _Observed.of(texts, scale, gate, False).units == len(texts)
     prompts = tuple(f"p{i // 8}" for i in range(24))
-    answers = replace(windows([*TEXTS[170:186], *[SHORT.text] * 8]), prompts=prompts)
+    answers = replace(
+        windows([*TEXTS[170:186], *[SHORT.text] * 8]), prompts=prompts, groups=prompts
+    )
     assert _Observed.of(answers, scale, gate, True).units == 3
 
 
@@ -256,7 +259,8 @@ def test_variety_within_prompts_is_compared_with_an_estimate_of_peoples():
 def test_prompts_that_few_texts_have_are_ignored():
     """Eight answers among sixty texts do not lead to a comparison within prompts."""
     given = windows(TEXTS[110:170])
-    sds_reference = SDSReference.fit(REFERENCE, replace(given, prompts=("p",) * 8 + ("",) * 52))
+    groups = ("p",) * 8 + ("",) * 52
+    sds_reference = SDSReference.fit(REFERENCE, replace(given, prompts=groups, groups=groups))
     assert not sds_reference.by_prompt
 
 

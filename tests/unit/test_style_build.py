@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,43 @@ def test_both_sides_are_restricted_to_their_common_prompts():
     assert (len(model), len(human), is_shared) == (3, 3, False)
 
 
+def test_typesetting_of_long_works_is_no_choice_of_words(job, tmp_path):
+    """The same author's text in long works and in answers gives no δ, since both are compared as
+    they were written. Dashes have none even where the sides differ."""
+    rng = random.Random(2)
+
+    def written(sentences, dash):
+        lines = []
+        for n in range(sentences):
+            a, b, c, d = rng.choices(PLAIN, k=4)
+            lines.append(f"“{a} {b}’s {c}{dash}{d},” {a}…" + ("\n" if n % 3 else " "))
+        return "".join(lines)
+
+    def deltas(name, human_dash):
+        answers = [{"prompt": f"Ask {n % 16}.", "response": written(40, "—")} for n in range(96)]
+        works = [{"text": written(400, human_dash)} for _ in range(12)]
+        for side, rows in (("answers", answers), ("works", works)):
+            lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+            (tmp_path / f"{name}-{side}.jsonl").write_text(lines)
+        of_both = replace(
+            job,
+            corpus=tmp_path / f"{name}-works.jsonl",
+            answers=tmp_path / f"{name}-answers.jsonl",
+            out=tmp_path / name,
+        )
+        profile = build(of_both, lambda line: None).profile
+        return np.flatnonzero(profile.unigram_V), profile.bigram_token_M
+
+    tokenizer = builds.load_tokenizer(job.model)
+    pieces = builds.token_pieces(tokenizer)
+    same, same_pairs = deltas("same", "—")
+    assert (len(same), len(same_pairs)) == (0, 0)
+    other, other_pairs = deltas("other", " — ")
+    changed = [pieces[token] for token in {*other.tolist(), *other_pairs.tolist()}]
+    assert changed, "the sides differ in their spaces"
+    assert all(piece.isascii() for piece in changed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -203,6 +241,66 @@ def test_the_automaton_finds_the_counted_occurrences(job, stored):
     assert found == stored.counts["phrases"][0]["model_count"] == 32
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--strength 1.5", "strength: got 1.5; accepted: 0 to 1."),
+        ("--max-kl -1", "max_kl: got -1.0; accepted: 0 to 10."),
+        ("--max-kl nan", "max_kl: got nan"),
+        ("--samples 31", "answers: got 31; accepted: 32 or more"),
+        ("--phrases long.txt", "of 201 characters; accepted: at most 200"),
+        ("--phrases deep.txt", "tokens; accepted: at most 256"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_first_request(
+    job, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.chdir(job.out.parent)
+    Path("prompts.txt").write_text("Ask.")
+    Path("long.txt").write_text("so " * 66 + "far")
+    Path("deep.txt").write_text("𒀀" * 100)  # Letters of four bytes, which are tokens of their own.
+    requests = []
+
+    def answer(request):
+        requests.append(request.path)
+        reply(request, 500, b"")
+
+    with serving(answer) as url:
+        words = f"build human.jsonl --model model --out {tmp_path / 'new'} --server {url}"
+        words += f" --prompts prompts.txt --samples 32 {options}"
+        result = CliRunner().invoke(cli.main, ["style", *words.split()])
+    assert result.exit_code in (1, 2), result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_without_offsets_is_refused_before_the_first_request(job, monkeypatch):
+    monkeypatch.setattr(builds, "load_tokenizer", lambda model: SimpleNamespace(is_fast=False))
+    monkeypatch.setattr(builds, "answers_of", lambda *_: pytest.fail("answers were asked for"))
+    with pytest.raises(ValueError, match="does not report the offsets"):
+        build(replace(job, out=job.out.with_name("new")), lambda line: None)
+
+
+def test_a_profile_that_no_engine_accepts_is_not_written(job, tmp_path, monkeypatch):
+    def refuse(profile):
+        raise ValueError("phrases: got one of more tokens")
+
+    monkeypatch.setattr(builds, "check_depth", refuse)
+    with pytest.raises(ValueError, match="of more tokens"):
+        build(replace(job, out=tmp_path / "new"), lambda line: None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_model_in_the_working_folder_has_the_folders_name(job, monkeypatch):
+    monkeypatch.chdir(job.model)
+    assert replace(job, model=".").model_name == "model"
+    assert replace(job, model="org/name").model_name == "name"
+    with pytest.raises(ValueError, match="model: got '/'"):
+        replace(job, model="/")
+
+
 def test_stored_answers_of_another_model_than_the_servers_are_refused(job, tmp_path):
     """A server's first model is used, and a folder keeps the answers of one model only."""
     served = ["a"]
@@ -222,10 +320,10 @@ def test_stored_answers_of_another_model_than_the_servers_are_refused(job, tmp_p
     lines: list[str] = []
     with serving(answer) as url:
         server_job = replace(
-            job, server=url, answers=tmp_path / "kept", prompts=tmp_path / "prompts.txt", samples=2
+            job, server=url, answers=tmp_path / "kept", prompts=tmp_path / "prompts.txt", samples=32
         )
         samples = builds.answers_of(server_job, lines.append, lambda done, total: None)
-        assert [sample.text for sample in samples] == ["Said."] * 2
+        assert [sample.text for sample in samples] == ["Said."] * 32
         assert builds.answers_of(server_job, lines.append, lambda done, total: None) == samples
         assert sum("is not known" in line for line in lines) == 1
         served.append("b")

@@ -12,6 +12,7 @@ from scipy import stats
 from dftserve.evaluate.text.windows import Sample
 from dftserve.styles import counts
 from dftserve.styles.counts import Choice, Side, g_statistic, over_used, p_value, shrunk_log_ratio
+from dftserve.styles.profile import LONGEST_PHRASE
 
 _count = st.integers(0, 60)
 
@@ -96,6 +97,14 @@ def test_only_the_whole_over_used_phrase_is_found():
     tally = tallies["a testament to"]
     assert (tally.model_texts, tally.human_texts, tally.prompts) == (32, 0, 8)
     assert tally.log_ratio > 3
+
+
+def test_a_run_with_an_endless_word_is_no_phrase():
+    """A profile accepts no phrase of its length."""
+    longest = f"velvet {'ha' * 96}h"
+    assert len(longest) == LONGEST_PHRASE
+    assert list(found({longest: ALL})) == [longest]
+    assert found({f"{longest}a": ALL}) == {}
 
 
 def test_other_repeated_phrases_are_excluded():

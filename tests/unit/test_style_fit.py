@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from dftserve.cli import main
+from dftserve.evaluate import reference
+from dftserve.evaluate.generate.grid import Answer
+from dftserve.evaluate.generate.prompts import Prompt
+from dftserve.evaluate.text.windows import Sample
 from dftserve.styles import fit as fits
 from dftserve.styles import profile as profiles
 from dftserve.styles.figures import by_round
@@ -21,6 +26,7 @@ from dftserve.styles.report import fit_figures, fit_html
 from dftserve.styles.rounds import Fitted, read
 from tests.local_server import in_force, reply, serving
 from tests.styles import stored
+from tests.texts import human_like
 from tests.training import save_model
 
 HUMAN = 1.0
@@ -274,6 +280,47 @@ class FakeServer:
             content = {"id": "1", "object": "chat.completion", "created": 1, "model": "fake"}
             content |= {"choices": [choice], **in_force(body, {"mean_kl": 0.02})}
         reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+
+
+def test_too_few_answers_for_the_anchors_are_refused_before_the_first_round(tmp_path):
+    """These compare eight answers to each prompt."""
+    human = [Sample(text, f"asked {i % 16}") for i, text in enumerate(human_like(160))]
+    reference.save(reference.build(human), tmp_path / "anchors")
+    profiles.write(tmp_path / "small", small())
+    (tmp_path / "prompts.txt").write_text("One.\nTwo.\nThree.\n")
+    job = Job(
+        server="http://127.0.0.1:1",
+        profile=tmp_path / "small",
+        prompts=tmp_path / "prompts.txt",
+        out=tmp_path / "out",
+        anchors=tmp_path / "anchors",
+        samples=4,
+    )
+    with pytest.raises(ValueError, match="samples: got 4; accepted: 8 or more"):
+        fit(job, lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_answer_keeps_its_place_among_those_to_its_prompt(tmp_path, monkeypatch):
+    """Of a prompt with fewer answers than were asked for, no score is possible."""
+    asked = (Prompt("Go on.", "One."), Prompt("Go on.", "Two."))
+    made = [
+        Answer(0, place, n, None if n == 2 else "Said.", "stop", 2, None)
+        for place in range(2)
+        for n in range(8)
+    ]
+    monkeypatch.setattr(fits.grid, "count_answers", lambda folder: len(made))
+    monkeypatch.setattr(fits.grid, "generate", lambda *_, **__: made)
+    job = Job(
+        server="http://127.0.0.1:1",
+        profile=tmp_path,
+        prompts=tmp_path,
+        out=tmp_path,
+        served_as="fake",
+    )
+    found = fits._answers(job, asked, "small-1", 1, print, lambda *_: None)
+    assert Counter(each.group for each in found) == {prompt.group: 8 for prompt in asked}
+    assert [each.text for each in found].count("") == 2
 
 
 def test_a_fit_continues_when_the_server_has_the_next_profile(tmp_path):

@@ -1,8 +1,10 @@
 """Every text is measured over the same number of words."""
 
+import random
+
 import pytest
 
-from dftserve.evaluate.text.tokenize import words
+from dftserve.evaluate.text.tokenize import normalise, words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, LEAST_WORDS, Sample, Windows, pieces
 from tests.texts import human_like
 
@@ -84,3 +86,19 @@ def test_a_work_of_less_than_two_pieces_is_returned_whole():
     assert {piece.source for piece in pieces(Sample("word " * 200, source="a book"), 100, 9)} == {
         "a book"
     }
+
+
+def test_a_piece_is_a_part_of_the_work_as_it_was_written_and_has_as_many_normalised_words():
+    """Typesetting must not tell pieces of long works from whole texts."""
+    rng = random.Random(0)
+    marks = ["’", "‘", "“", "-", "‑", "—", "–", "--", "...", "…", "''", "\u00ad", "\u200b", "_"]
+    written = ["a", "B", "é", "e\u0301", "1", *marks, *["", ".", ",", "\n"], " ", " ", "\n\n"]
+    cut = 0
+    for _ in range(1000):
+        work = "".join(rng.choices(written, k=90))
+        found = pieces(Sample(work), 5, 9)
+        if len(found) > 1:
+            cut += 1
+            assert all(piece.text in work for piece in found)
+            assert {len(words(normalise(piece.text))) for piece in found} == {5}, repr(work)
+    assert cut > 900

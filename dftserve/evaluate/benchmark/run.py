@@ -5,6 +5,7 @@ OUT/e2e/                  answers, and meaning.json: wording and slot errors at 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.report import html
 from dftserve.evaluate.report.figures import figures, render
 from dftserve.evaluate.text.thinking import CUT_NOTE
-from dftserve.evaluate.text.windows import Sample
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample
 from dftserve.plots import png
 
 PROMPTS = "prompts.jsonl"
@@ -59,6 +60,12 @@ class Job:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: got {self.limit}; accepted: at least 1.")
+        names = Counter(_folder_name(name) for name in self.tasks)
+        if twice := [name for name in names if names[name] > 1]:
+            raise ValueError(
+                f"tasks: got {', '.join(self.tasks)}, of which more than one is named "
+                f"{twice[0]!r}; accepted: different names, as each task's answers are in OUT/NAME."
+            )
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ def run(job: Job, say: Say, tick: Tick) -> None:
             f"tasks: got {', '.join(job.tasks)}, and none has its texts; give --data, or set "
             "DFTSERVE_DATA to their folder."
         )
+    for name, task in found.items():
+        if task.kind == "meaning":
+            _require_enough_wordings(name, task, job.samples or task.samples)
     weights = job.weights if whole.is_url else weights_of(job.model, say)
     with evaluation.server(whole, say) as url:
         served = replace(job, model=url, serve_flags=(), weights=weights)
@@ -112,7 +122,26 @@ def _tasks(job: Job, say: Say) -> Iterator[tuple[str, Task]]:
         except Missing as why:
             say(f"{name}: skipped: {why}")
             continue
-        yield Path(name).stem, replace(task, prompts=_spread(task.prompts, job.limit))
+        yield _folder_name(name), replace(task, prompts=_spread(task.prompts, job.limit))
+
+
+def _folder_name(task: str) -> str:
+    return Path(task).stem
+
+
+def _require_enough_wordings(name: str, task: Task, samples: int) -> None:
+    """Check what `slots.wording` needs, before anything is generated."""
+    if samples < LEAST_TEXTS:
+        raise ValueError(
+            f"samples: got {samples}; accepted: {LEAST_TEXTS} or more, as {name} compares the "
+            "wordings of the answers to one prompt."
+        )
+    people = Counter(sample.prompt for sample in task.human)
+    if max(people[prompt.text] for prompt in task.prompts) < LEAST_TEXTS:
+        raise ValueError(
+            f"{name}: none of its {len(task.prompts)} prompts has {LEAST_TEXTS} human texts; "
+            "accepted: at least one that has (`human.least` keeps only such prompts)."
+        )
 
 
 def _spread(prompts: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
@@ -122,9 +151,7 @@ def _spread(prompts: Sequence[Any], limit: int | None) -> tuple[Any, ...]:
 
 def _style(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
     folder = job.out / name
-    if not (folder / ANCHORS).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        reference.save(reference.build(task.human, words=task.words), folder / ANCHORS)
+    _write_anchors(folder, task)
     asked = _evaluation(job, name, _write_prompts(folder, task), task.samples, task.max_tokens)
     result = evaluation.evaluate(asked, say, tick)
     html.write(result, folder)
@@ -132,6 +159,19 @@ def _style(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
         (job.plots / name).mkdir(exist_ok=True)
         png.write(figures(result), job.plots / name)
     return html.as_text(result)
+
+
+def _write_anchors(folder: Path, task: Task) -> None:
+    """Write the task's anchors, or check that those which an earlier run wrote are the same."""
+    built = reference.build(task.human, words=task.words)
+    if not (folder / ANCHORS).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        reference.save(built, folder / ANCHORS)
+    elif not built.has_the_texts_of(reference.load(folder / ANCHORS)):
+        raise ValueError(
+            f"{folder / ANCHORS}: built from other human texts, or other `words`, than the task "
+            "has now; accepted: the same as then, or another folder (`--out`)."
+        )
 
 
 def _meaning(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:

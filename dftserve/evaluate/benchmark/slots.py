@@ -278,7 +278,7 @@ def _says(text: str, slot: str, value: str) -> bool:
 
 def _values(text: str, slot: str) -> set[str]:
     """The values of a slot that a text mentions."""
-    found = {value for value, pattern in _COMPILED[slot].items() if pattern.search(text)}
+    found = {value for value, pattern in _COMPILED.get(slot, {}).items() if pattern.search(text)}
     return {"no"} if slot == "familyFriendly" and "no" in found else found
 
 

@@ -198,18 +198,22 @@ def samples_by_level(folder: Path) -> list[LevelSamples]:
     if asked is None:
         raise ValueError(f"{folder}: no {ASKED}; accepted: the OUT of `dftserve evaluate`.")
     with shaped_as(folder, "the OUT of `dftserve evaluate`"):
-        prompts = [prompt["text"] for prompt in asked["prompts"]]
+        prompts = [Prompt(each["text"], each.get("system", "")) for each in asked["prompts"]]
         levels: list[list[Answer]] = [[] for _ in asked["grid"]]
         for answer in read(folder / ANSWERS, Answer):
             levels[answer.level].append(answer)
         return [
             LevelSamples(
                 diversity,
-                tuple(Sample(a.said, prompts[a.place]) for a in answers if not a.is_cut),
+                tuple(_sample(a, prompts[a.place]) for a in answers if not a.is_cut),
                 sum(answer.is_cut for answer in answers),
             )
             for diversity, answers in zip(asked["grid"], levels, strict=True)
         ]
+
+
+def _sample(answer: Answer, prompt: Prompt) -> Sample:
+    return Sample(answer.said, prompt.text, group=prompt.group)
 
 
 def read_asked(folder: Path) -> dict[str, Any] | None:

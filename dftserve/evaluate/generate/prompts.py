@@ -23,6 +23,12 @@ class Prompt:
     system: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def group(self) -> str:
+        """What answers to this prompt have in common (`Sample.group`): its text, unless a system
+        prompt tells it from others with the same one."""
+        return f"{self.system}\0{self.text}" if self.system else self.text
+
     def messages(self) -> list[dict[str, str]]:
         user = {"role": "user", "content": self.text}
         return [{"role": "system", "content": self.system}, user] if self.system else [user]

@@ -7,6 +7,7 @@ Texts must be normalised. A rate says nothing about quality, and few such phrase
 human: it should be compared with the human rate.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dftserve.bounded_files import parse_json, read_text
+from dftserve.digest import text_digest
 from dftserve.evaluate.metrics.intervals import Estimate, over_units, summed
 from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
@@ -66,6 +68,11 @@ class Phrases:
 
     def __len__(self) -> int:
         return sum(map(len, self.by_first.values()))
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal phrases, in whatever order a file lists them."""
+        return text_digest(json.dumps(list(self.by_first.values())))
 
     def found(self, text: str) -> Iterator[str]:
         """The phrases in a text, in order: the longest at each position, none inside another.

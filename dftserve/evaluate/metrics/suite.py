@@ -43,7 +43,12 @@ class Measure:
     least: float = 0.0
     most: float = math.inf
     """`least` and `most` are the range of the measure, to which intervals are clipped."""
+    depends: tuple[str, ...] = ()
+    """Fields of a result besides its texts on which the value depends: of two results that differ
+    in one of them, the values cannot be compared."""
 
+
+COMPARED, EMBEDDINGS, PHRASES = "compared", "embeddings", "phrases"
 
 MEASURES = {
     "mmd_style": Measure(
@@ -52,41 +57,88 @@ MEASURES = {
         3,
     ),
     "mmd_style_p": Measure(
-        "style distance, p", "p-value of “same writers”, at least .001: 999 permutations", 4, most=1
+        "style distance, p",
+        "p-value of “same writers”, at least .001: 999 permutations",
+        4,
+        most=1,
+        depends=(COMPARED,),
     ),
     "c2st_style": Measure(
         "style classifier",
         "AUC of a linear classifier on style; .5: no difference found, or too few texts to learn",
         3,
         most=1,
+        depends=(COMPARED,),
     ),
-    "mmd_meaning": Measure("meaning distance", "√MMD² of embeddings to held-out human text", 3),
+    "mmd_meaning": Measure(
+        "meaning distance",
+        "√MMD² of embeddings to held-out human text",
+        3,
+        depends=(EMBEDDINGS,),
+    ),
     "c2st_meaning": Measure(
-        "meaning classifier", "AUC on embeddings; .5: no difference found", 3, most=1
+        "meaning classifier",
+        "AUC on embeddings; .5: no difference found",
+        3,
+        most=1,
+        depends=(COMPARED, EMBEDDINGS),
     ),
-    "token_l2": Measure("token L2", "‖f − f_human‖₂ of token frequencies", 4),
+    "token_l2": Measure("token L2", "‖f − f_human‖₂ of token frequencies", 4, depends=(COMPARED,)),
     "token_js": Measure(
-        "token JS", "Jensen–Shannon divergence of token frequencies, nats", 4, most=math.log(2)
+        "token JS",
+        "Jensen–Shannon divergence of token frequencies, nats",
+        4,
+        most=math.log(2),
+        depends=(COMPARED,),
     ),
-    "slop": Measure("AI phrases", "per 1,000 words; should match the human rate"),
+    "slop": Measure(
+        "AI phrases", "per 1,000 words; should match the human rate", depends=(PHRASES,)
+    ),
     "contrast": Measure("“not X, but Y”", "per 1,000 words; should match the human rate"),
     "distinct_1": Measure(
-        "distinct-1", "different words / words; random words score best", 3, most=1
+        "distinct-1",
+        "different words / words; random words score best",
+        3,
+        most=1,
+        depends=(COMPARED,),
     ),
     "distinct_3": Measure(
-        "distinct-3", "different trigrams / trigrams; random words score best", 3, most=1
+        "distinct-3",
+        "different trigrams / trigrams; random words score best",
+        3,
+        most=1,
+        depends=(COMPARED,),
     ),
     "self_bleu": Measure(
-        "self-BLEU", "0 to 100, lower: less similar; random words score best", 1, most=100
+        "self-BLEU",
+        "0 to 100, lower: less similar; random words score best",
+        1,
+        most=100,
+        depends=(COMPARED,),
     ),
-    "compression": Measure("compression", "bytes / gzipped bytes; lower: less repetition"),
-    "self_repetition": Measure("self-repetition", "4-grams that occur in other texts too, ln"),
-    "vendi_style": Measure("Vendi, style", "effective number of styles among the texts", 1),
-    "vendi_meaning": Measure("Vendi, meaning", "effective number of meanings among the texts", 1),
+    "compression": Measure(
+        "compression", "bytes / gzipped bytes; lower: less repetition", depends=(COMPARED,)
+    ),
+    "self_repetition": Measure(
+        "self-repetition", "4-grams that occur in other texts too, ln", depends=(COMPARED,)
+    ),
+    "vendi_style": Measure(
+        "Vendi, style", "effective number of styles among the texts", 1, depends=(COMPARED,)
+    ),
+    "vendi_meaning": Measure(
+        "Vendi, meaning",
+        "effective number of meanings among the texts",
+        1,
+        depends=(COMPARED, EMBEDDINGS),
+    ),
     "distinct_8": Measure(
-        "distinct of 8", "classes of meaning among eight answers to a prompt", least=1, most=8
+        "distinct of 8",
+        "classes of meaning among eight answers to a prompt",
+        least=1,
+        most=8,
+        depends=(EMBEDDINGS,),
     ),
-    "zipf": Measure("Zipf slope", "ln frequency on ln rank", least=-math.inf),
+    "zipf": Measure("Zipf slope", "ln frequency on ln rank", least=-math.inf, depends=(COMPARED,)),
     "burstiness": Measure("burstiness", "of sentence lengths, −1 to 1", least=-1, most=1),
 }
 
@@ -110,14 +162,14 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     """
     space = instruments.style_space
     tokens_T = [tokens(text) for text in texts.texts]
-    prompts = (*texts.prompts, *human.prompts)
+    groups = (*texts.groups, *human.groups)
     style_TF, human_TF = space.features(texts), space.features(human)
     kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * space.sigma**2))
     found = {
-        **_distances(style_TF, human_TF, prompts, space.sigma, "style"),
+        **_distances(style_TF, human_TF, groups, space.sigma, "style"),
         **_frequencies(tokens_T, [tokens(text) for text in human.texts]),
-        "slop": slop.rate(texts.texts, instruments.phrases, texts.prompts),
-        "contrast": slop.contrast_rate(texts.texts, texts.prompts),
+        "slop": slop.rate(texts.texts, instruments.phrases, texts.groups),
+        "contrast": slop.contrast_rate(texts.texts, texts.groups),
         **_wording(texts, tokens_T),
         "vendi_style": _of_set(texts, lambda at: lexical.vendi(_square(kernel_TT, at), q=2)),
         "burstiness": _burstiness(texts),
@@ -125,11 +177,11 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     if instruments.embed is not None:
         meaning_TF, human_TF = instruments.embed(texts.texts), instruments.embed(human.texts)
         sigma = two_sample.median_distance(human_TF)
-        found |= _distances(meaning_TF, human_TF, prompts, sigma, "meaning")
+        found |= _distances(meaning_TF, human_TF, groups, sigma, "meaning")
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
-    parts = parts_of(texts.prompts)
+    parts = parts_of(texts.groups)
     return {
         name: _with_parts(_clipped(found[name], MEASURES[name]), parts)
         for name in MEASURES
@@ -155,17 +207,17 @@ def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> E
 
 
 def _distances(
-    x_TF: NDArray, human_TF: NDArray, prompts: Sequence[str], sigma: float, space: str
+    x_TF: NDArray, human_TF: NDArray, groups: Sequence[str], sigma: float, space: str
 ) -> dict[str, Estimate]:
-    """`prompts`: of the texts, then of the human ones. If a side has only one prompt, there is
+    """`groups`: of the texts, then of the human ones. If a side has only one prompt, there is
     nothing to permute and no fold to test a classifier on: p and AUC are then left out."""
     mmd = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
     found = {f"mmd_{space}": mmd}
-    sides = prompts[: len(x_TF)], prompts[len(x_TF) :]
+    sides = groups[: len(x_TF)], groups[len(x_TF) :]
     if all("" in side or len(set(side)) > 1 for side in sides):
-        test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=prompts)
+        test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=groups)
         found[f"mmd_{space}_p"] = Estimate(test.p, None, None)
-        found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=prompts)
+        found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=groups)
     return found
 
 

@@ -4,7 +4,7 @@ print(compare(Path("base/result.json"), Path("dft/result.json")).render())
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,15 @@ import numpy as np
 from dftserve.bounded_files import shaped_as
 from dftserve.evaluate.metrics.intervals import Estimate, difference, estimate
 from dftserve.evaluate.metrics.slop import cut
-from dftserve.evaluate.metrics.suite import MEASURES
+from dftserve.evaluate.metrics.suite import COMPARED, EMBEDDINGS, MEASURES, PHRASES
 from dftserve.evaluate.report import results
 
+ADVICE = {
+    COMPARED: "give more tokens (`--max-tokens`) to the run with more short answers",
+    EMBEDDINGS: "measure both runs with the same `--embeddings`",
+    PHRASES: "measure both runs with the same `--phrases`",
+}
+"""How to make equal what measures depend on (`Measure.depends`)."""
 PARTS = {"variety": "V, style variance", "wording": "P, wording", "coherence": "q, coherence"}
 P_VALUE = "mmd_style_p"
 """Left out, because a difference of p-values has no meaning."""
@@ -42,7 +48,9 @@ class Comparison:
     """(diversity, its rows), for the diversities that both runs have."""
     slop_cut: tuple[tuple[Any, float | None], ...]
     """(diversity, the share of the gap between a's rate of AI phrases and the human rate that b
-    closed); None if there is no gap."""
+    closed); None if there is no gap, or the two counted other phrases."""
+    notes: tuple[str, ...] = ()
+    """Why measures were left out, and what is not known of the runs."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
@@ -57,12 +65,13 @@ class Comparison:
                 lines.append(_line(row.title, *numbers, human))
             if cut_ is not None:
                 lines.append(f"AI phrases: {cut_ + 0:.0%} of the way from a to human.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
 
 def compare(a: Path, b: Path) -> Comparison:
     """Compare two results, or the folders that contain them. They must have the same prompts,
-    numbers of answers and anchors.
+    numbers of answers and anchors. Measures that depend on anything else in which they differ, such
+    as the number of texts that were long enough, are left out, with a note.
 
     Raises:
         ValueError: a file is not a result, the runs differ in one of these, or they have no
@@ -84,22 +93,50 @@ def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     for pair in shared:
         modes = [level["side"]["score"]["by_prompt"] for level in pair]
         _same("texts compared within prompts", *modes)
+    differing = tuple(name for name in ADVICE if _differ(name, first, second))
+    names = [name for name in MEASURES if not set(differing) & set(MEASURES[name].depends)]
+    gaps = [(x["diversity"], _cut(x, y, first["human"])) for x, y in shared]
     return Comparison(
         a=first["model"],
         b=second["model"],
-        levels=tuple((x["diversity"], _rows(x, y, first["human"])) for x, y in shared),
-        slop_cut=tuple((x["diversity"], _cut(x, y, first["human"])) for x, y in shared),
+        levels=tuple((x["diversity"], _rows(x, y, first["human"], names)) for x, y in shared),
+        slop_cut=tuple((at, None if PHRASES in differing else gap) for at, gap in gaps),
+        notes=tuple(_notes(differing, first, second)),
     )
 
 
-def _rows(a: Mapping, b: Mapping, human: Mapping) -> tuple[Row, ...]:
+def _differ(name: str, first: Mapping, second: Mapping) -> bool:
+    """Whether two results have other values of a field that measures depend on. The phrases of
+    earlier versions' results are not known, and taken for the same."""
+    if name == PHRASES and None in (first.get(name), second.get(name)):
+        return False
+    return first[name] != second[name]
+
+
+def _notes(differing: Sequence[str], first: Mapping, second: Mapping) -> Iterator[str]:
+    for name in differing:
+        titles = [each.title for each in MEASURES.values() if name in each.depends]
+        yield (
+            f"Left out: {', '.join(titles)}: they depend on `{name}`, which is "
+            f"{str(first[name])[:40]} in a and {str(second[name])[:40]} in b; to compare them, "
+            f"{ADVICE[name]}."
+        )
+    if None in (first.get(PHRASES), second.get(PHRASES)):
+        yield (
+            "A result of an earlier version does not record its `--phrases`: AI phrases can be "
+            "compared only if both runs counted the same."
+        )
+
+
+def _rows(a: Mapping, b: Mapping, human: Mapping, names: Sequence[str]) -> tuple[Row, ...]:
+    """`names`: the measures that can be compared."""
     scores = a["side"]["score"], b["side"]["score"], human["score"]
     return (
         _score_row(*scores, paired=not (a["cut"] or b["cut"])),
         *(_part_row(title, *(score[name] for score in scores)) for name, title in PARTS.items()),
         *(
             _measure_row(name, a["side"]["measures"], b["side"]["measures"], human["measures"])
-            for name in MEASURES
+            for name in names
             if name in a["side"]["measures"] and name in b["side"]["measures"] and name != P_VALUE
         ),
     )

@@ -73,6 +73,8 @@ class Result:
     compared: int
     """Number of texts on each side, for measures that depend on it."""
     embeddings: str | None
+    phrases: str
+    """A digest of the counted phrases. Results of earlier versions lack it."""
     human: Side
     levels: tuple[Level, ...]
     cost: dict[str, float]

@@ -10,17 +10,24 @@ from itertools import pairwise
 
 _QUOTES = {**dict.fromkeys("‘’‚‛`´ʼ", "'"), **dict.fromkeys("“”„‟«»", '"')}
 _PLAIN_QUOTES = str.maketrans(_QUOTES)
+_HYPHENS = {"‑": "-"}
+_PLAIN_IN_WORDS = str.maketrans({**_QUOTES, **_HYPHENS})
 _PLAIN = str.maketrans(
     {
         **_QUOTES,
+        **_HYPHENS,
         **dict.fromkeys("–—―", " — "),
         "…": "...",
-        "‑": "-",
     }
 )
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\ufeff"))
 _WORD = r"[^\W_]+(?:['-][^\W_]+)*"
 _WORDS = re.compile(_WORD)
+_UNSEEN = r"[\u0300-\u036f\u00ad\u200b\ufeff]*"
+_WRITTEN = rf"(?:[^\W_]{_UNSEEN})+"
+_WRITTEN_WORDS = re.compile(rf"{_WRITTEN}(?:['-]{_UNSEEN}{_WRITTEN})*")
+"""The words of a text that is not normalised, which may have accents apart from their letters, and
+invisible characters."""
 _TOKENS = re.compile(rf"{_WORD}|\.\.\.|[^\w\s]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(\[*]*[^\W\d_a-z])|\n\s*\n")
 _DASHES = re.compile(r"(?<![-\w])-{2,3}(?![-\w])|(?<=\w)--+(?=\w)")
@@ -56,6 +63,12 @@ def spans(text: str) -> list[tuple[str, int, int]]:
     """
     found = _TOKENS.finditer(text.translate(_PLAIN_QUOTES))
     return [(match.group().lower(), *match.span()) for match in found]
+
+
+def word_starts(text: str) -> list[int]:
+    """Where each word starts in a text as it was written. `normalise` keeps at least these words
+    between any two of the positions."""
+    return [match.start() for match in _WRITTEN_WORDS.finditer(text.translate(_PLAIN_IN_WORDS))]
 
 
 def sentences(text: str) -> list[str]:

@@ -7,7 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dftserve.evaluate.text.tokenize import normalise, window, without_echo, words
+from dftserve.evaluate.text.tokenize import (
+    normalise,
+    window,
+    without_echo,
+    word_starts,
+    words,
+)
 
 WORDS = 120
 LEAST_WORDS = 80
@@ -24,6 +30,9 @@ class Sample:
     prompt: str = ""
     source: str = ""
     """The work that it is a piece of; pieces of one work are never in different splits."""
+    group: str = ""
+    """The texts that answer the same request have the same group; "": that of the prompt. Prompts
+    with the same words and different system prompts are different requests."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +40,14 @@ class Windows:
     """Windows of L words.
 
     texts: normalised; empty where the text was shorter than L words.
-    prompts, sources: of each text; empty where it has none.
+    prompts, sources, groups: of each text; empty where it has none.
     """
 
     words: int
     texts: tuple[str, ...]
     prompts: tuple[str, ...]
     sources: tuple[str, ...]
+    groups: tuple[str, ...]
 
     @classmethod
     def of(cls, samples: Iterable[Sample], length: int = WORDS) -> "Windows":
@@ -50,8 +60,13 @@ class Windows:
             raise ValueError(f"words: got {length}; accepted: {LEAST_WORDS} or more.")
         samples = [_encodable(sample) for sample in samples]
         cut = [_cut(without_echo(normalise(s.text), s.prompt), length) for s in samples]
-        prompts = tuple(sample.prompt for sample in samples)
-        return cls(length, tuple(cut), prompts, tuple(sample.source for sample in samples))
+        return cls(
+            words=length,
+            texts=tuple(cut),
+            prompts=tuple(sample.prompt for sample in samples),
+            sources=tuple(sample.source for sample in samples),
+            groups=tuple(sample.group or sample.prompt for sample in samples),
+        )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -68,6 +83,7 @@ class Windows:
             texts=tuple(self.texts[i] for i in indices),
             prompts=tuple(self.prompts[i] for i in indices),
             sources=tuple(self.sources[i] for i in indices),
+            groups=tuple(self.groups[i] for i in indices),
         )
 
     def whole(self) -> "Windows":
@@ -75,12 +91,12 @@ class Windows:
         return self.pick(i for i, text in enumerate(self.texts) if text)
 
     def indices_by_prompt(self) -> dict[str, list[int]]:
-        """Indices of each prompt's texts, for the prompts with at least `LEAST_TEXTS` of them."""
-        counts = Counter(self.prompts)
+        """Indices of each group's texts, for the groups with at least `LEAST_TEXTS` of them."""
+        counts = Counter(self.groups)
         indices: dict[str, list[int]] = {}
-        for index, prompt in enumerate(self.prompts):
-            if prompt and counts[prompt] >= LEAST_TEXTS:
-                indices.setdefault(prompt, []).append(index)
+        for index, group in enumerate(self.groups):
+            if group and counts[group] >= LEAST_TEXTS:
+                indices.setdefault(group, []).append(index)
         return indices
 
     def halves(self) -> tuple[list[str], list[str]]:
@@ -93,17 +109,19 @@ class Windows:
 def pieces(sample: Sample, length: int, most: int) -> list[Sample]:
     """Up to `most` pieces of a long work, of `length` words each, evenly spaced.
 
-    A work of less than twice the length is returned whole.
+    A piece is a part of the text as it was written, so that it can be compared with whole texts. A
+    work of less than twice the length is returned whole.
     """
-    text = normalise(sample.text)
-    count = min(most, len(words(text)) // length)
+    starts = word_starts(sample.text)
+    count = min(most, len(starts) // length)
     if count < 2:
         return [sample]
-    step = len(words(text)) // count
+    step = len(starts) // count
+    ends = [*starts, len(sample.text)]
     source = sample.source or sample.text[:200]
     return [
-        Sample(window(text, index * step, index * step + length), sample.prompt, source)
-        for index in range(count)
+        replace(sample, text=sample.text[starts[at] : ends[at + length]].rstrip(), source=source)
+        for at in range(0, count * step, step)
     ]
 
 
