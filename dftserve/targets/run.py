@@ -45,6 +45,7 @@ from dftserve.targets.progress import Progress
 from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
+from dftserve.targets.students import CrossFitted
 
 LOCAL, RAY = "local", "ray"
 """Engines."""
@@ -153,11 +154,12 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 class Material:
     """A tokenised corpus."""
 
-    recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     documents: Mapping[str, Sequence[Document]]
     template: str | None
     """SHA-256 of the chat template; None for plain texts."""
+    written_at: str | None
+    """The date and time that the chat template writes, in ISO format; None if it writes none."""
     corpus: Mapping[str, Any]
     """The report of what was read, kept and dropped: a plan's `corpus`."""
 
@@ -171,10 +173,11 @@ class _Prepared:
 
 
 def _prepared(job: Job, say: Say) -> _Prepared:
-    material = read_documents(job, say)
-    recipe, documents = material.recipe, material.documents
-    known = store.begun(job.out).get("source")
-    source = _source(recipe, material.tokenizer, documents, known, say)
+    begun = store.begun(job.out)
+    recipe = recipes.load(job.recipe, job.values)
+    material = read_documents(job, recipe, say, written_at=_written_at(recipe, begun))
+    documents = material.documents
+    source = _source(recipe, material.tokenizer, documents, begun.get("source"), say)
     for found in calibrated.calibrations(source.describe()):
         say(calibrated.shown(found))
     plan = store.plan(
@@ -190,16 +193,32 @@ def _prepared(job: Job, say: Say) -> _Prepared:
     return _Prepared(recipe, documents, source, plan)
 
 
-def read_documents(job: Job, say: Say) -> Material:
+def _written_at(recipe: Recipe, begun: Mapping[str, Any]) -> str | None:
+    """The time that chat templates write, if another build has fixed it: the one whose students
+    were tuned on these texts, else the one that began in the same folder."""
+    for folder in recipes.students(recipe):
+        return CrossFitted.read(Path(folder)).written_at
+    return _written_in(begun.get("corpus"))
+
+
+def _written_in(corpus: Any) -> str | None:
+    """The time in a plan's corpus."""
+    given = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
+    return given if isinstance(given, str) else None
+
+
+def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None) -> Material:
     """The corpus of a job, filtered, split and encoded.
 
+    Args:
+        written_at: the time that chat templates write, in ISO format; None: the current time.
+
     Raises:
-        ValueError: the corpus, the recipe or a model is invalid.
+        ValueError: the corpus or a model is invalid.
     """
-    recipe = recipes.load(job.recipe, job.values)
     base = _checked_model(job)
     tokenizer = _tokenizer(job.model)
-    moment = _stopped_clock(tokenizer, store.begun(job.out).get("corpus"))
+    moment = _stopped_clock(tokenizer, written_at)
     if base is not None:
         base.check_tokenizer(tokenizer)
     teachers = _checked_teachers(recipe, tokenizer)
@@ -219,10 +238,10 @@ def read_documents(job: Job, say: Say) -> Material:
     for teacher in teachers:
         teacher.check_length(longest, "--max-tokens")
     return Material(
-        recipe=recipe,
         tokenizer=tokenizer,
         documents=documents,
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
+        written_at=moment.isoformat() if moment else None,
         corpus={
             "recipe": recipe.name,
             "filters": asdict(recipe.corpus),
@@ -290,18 +309,17 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _stopped_clock(tokenizer: PreTrainedTokenizerBase, corpus: Any) -> datetime | None:
-    """Fix the time that templates see: the one in a plan's corpus, else the current time.
+def _stopped_clock(tokenizer: PreTrainedTokenizerBase, written_at: str | None) -> datetime | None:
+    """Fix the time that templates see: the given one, else the current time.
 
     Thus a build can be continued, or is found complete, on another day. Returns None if no template
     uses the time.
     """
     if not tells_time(tokenizer):
         return None
-    given = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
     try:
-        moment = datetime.fromisoformat(given) if given else datetime.now()
-    except (TypeError, ValueError):
+        moment = datetime.fromisoformat(written_at) if written_at else datetime.now()
+    except ValueError:
         moment = datetime.now()  # Another plan, which `store.begin` refuses.
     stop_clock(tokenizer, moment)
     return moment
@@ -545,7 +563,7 @@ def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
 def _rebuilt_source(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Source:
     """The plan's source, built again in another process."""
     tokenizer = _tokenizer(job.model)
-    _stopped_clock(tokenizer, plan.corpus)
+    _stopped_clock(tokenizer, _written_in(plan.corpus))
     return _source(recipe, tokenizer, documents, plan.source, _silent)
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from dftserve.cli import main
 from dftserve.corpus.prepare import GIVEN_AGAIN
 from dftserve.targets import progress, report, run, store
+from dftserve.targets import recipe as recipes
 from dftserve.targets.document import Document
 from dftserve.targets.estimate import estimate_of
 from dftserve.targets.references import References
@@ -194,6 +195,11 @@ def test_conversations_are_built_and_need_a_chat_template(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
+def documents_of(job):
+    recipe = recipes.load(job.recipe, job.values)
+    return read_documents(job, recipe, lambda line: None, written_at=None)
+
+
 def test_references_count_repeated_answers(tmp_path, model):
     """Answers that differ only in case count separately; without references, they are dropped."""
     answers = ["Yes, sure."] * 9 + ["No, never."] + ["yes, sure"] * 2
@@ -203,7 +209,7 @@ def test_references_count_repeated_answers(tmp_path, model):
     job = Job(
         corpus=path, model=model, recipe="conversation", out=tmp_path / "out", heldout=0, seed=0
     )
-    material = read_documents(job, lambda line: None)
+    material = documents_of(job)
     documents = material.documents["train"]
     vocabulary = len(material.tokenizer)
     source = References(documents, vocabulary=vocabulary)
@@ -216,7 +222,7 @@ def test_references_count_repeated_answers(tmp_path, model):
     assert material.corpus["dropped"] == {}
     without = tmp_path / "ngram.yaml"
     without.write_text("corpus: {min_words: 3}\nsource: {ngram: {}}\n")
-    material = read_documents(replace(job, recipe=str(without)), lambda line: None)
+    material = documents_of(replace(job, recipe=str(without)))
     assert len(material.documents["train"]) == 2
 
 
