@@ -12,8 +12,10 @@ import queue
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -113,23 +115,24 @@ def build(job: Job, say: Say = print) -> Manifest:
     Raises:
         ValueError: the corpus, recipe, model or folder is invalid. Shards that were written are
             reused when the same job is run again.
-        KeyboardInterrupt: interrupted; likewise.
+        KeyboardInterrupt, SystemExit: stopped by SIGINT or SIGTERM; likewise.
     """
     if job.engine != LOCAL and not (job.out / store.MANIFEST).exists():
         from dftserve.targets import on_ray
 
         on_ray.check(_address(job))
+    store.refuse_locked(job.out)
     prepared = _prepared(job, say)
-    plan, documents = prepared.plan, prepared.documents
     try:
-        store.begin(job.out, plan)
-        if (job.out / store.MANIFEST).exists():
-            TargetStore(job.out).verify()
-            say(f"{job.out} is complete already.")
-            return Manifest.read(job.out)
-        _work(job, prepared, say)
-        manifest = store.finish(job.out, plan, documents, store.versions())
-    except KeyboardInterrupt:
+        with store.locked(job.out), _unwinding_on_sigterm():
+            store.begin(job.out, prepared.plan)
+            if (job.out / store.MANIFEST).exists():
+                TargetStore(job.out).verify()
+                say(f"{job.out} is complete already.")
+                return Manifest.read(job.out)
+            _work(job, prepared, say)
+            manifest = store.finish(job.out, prepared.plan, prepared.documents, store.versions())
+    except (KeyboardInterrupt, SystemExit):
         say(_interrupted_message(job.out))
         raise
     except OSError as error:
@@ -628,6 +631,34 @@ def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:
             yield result
 
 
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM raises SystemExit, so that the processes of a build are ended and no
+    partial file is left. Python allows this in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # A second signal would interrupt the unwinding.
+    sys.exit(128 + number)
+
+
+def _end_with_parent(results: Any) -> None:
+    """End this process, as by SIGTERM, once its parent has died without ending it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        results.cancel_join_thread()  # Nobody reads them any more.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _take_device(rank: int) -> None:
     """Distribute the available GPUs over the processes: "cuda" is a different one for each."""
     import torch
@@ -645,8 +676,8 @@ def _worker(
     results: Any,
 ) -> None:
     rank, world = rank_and_world
-    # Unwind on SIGTERM, so that no partial file is left.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _exit_once)
+    threading.Thread(target=_end_with_parent, args=(results,), daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _take_device(rank)
     try:
