@@ -60,6 +60,13 @@ class Opening:
     begin: int | None
     """The begin token, which stays first in a document that starts with it."""
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that are put before a document."""
+        system = self.system
+        first = max(1, len(system.header)) if system else 1
+        return max(first + len(self.text), len(system.opening) if system else 0)
+
 
 class Principles(DenseSource):
     """The posterior mixture of a teacher's distributions under each principle.
@@ -98,7 +105,7 @@ class Principles(DenseSource):
         self.vocabulary = teacher.vocabulary
         self._teacher, self._tokenizer = teacher, tokenizer
         self._principles = dict(principles)
-        self._prior = _prior(self._principles, weights)
+        self._prior = prior(self._principles, weights)
         self._power = posterior_power
         self._openings = {
             name: _opening(tokenizer, text) for name, text in self._principles.items()
@@ -242,6 +249,35 @@ def _start(document: Document, opening: Opening) -> tuple[tuple[int, ...], int]:
     return ((opening.begin, *opening.text) if begins else opening.text), int(begins)  # type: ignore[return-value]
 
 
+def check_lengths(
+    positions: int,
+    tokenizer: PreTrainedTokenizerBase,
+    principles: Mapping[str, str],
+    documents: Sequence[Document],
+) -> None:
+    """Refuse documents that are too long under a principle.
+
+    Args:
+        positions: the tokens that the model can read at once.
+
+    Raises:
+        ValueError: names the principle, and the tokens that it leaves for a document.
+    """
+    for name, text in principles.items():
+        opening = _opening(tokenizer, text)
+        for document in documents:
+            if len(document.tokens_N) + opening.longest <= positions:
+                continue
+            before, dropped = _start(document, opening)
+            longest = len(document.tokens_N) - dropped + len(before)
+            if longest > positions:
+                raise ValueError(
+                    f"principles.{name}: a document has {longest:,} tokens with it, and the "
+                    f"teacher reads up to {positions:,} at once; accepted: --max-tokens of at most "
+                    f"{positions - len(before)}, or a shorter principle."
+                )
+
+
 def _begins(document: Document, tokens: Sequence[int]) -> bool:
     """Whether the document begins with these tokens, and trains none of them."""
     count = len(tokens)
@@ -281,7 +317,7 @@ def check_principles(given: object, where: str) -> None:
             raise ValueError(f"{where}.{name}: got {text!r:.80}; accepted: a text, not empty.")
 
 
-def _prior(principles: Mapping[str, str], weights: Mapping[str, float] | None) -> dict[str, float]:
+def prior(principles: Mapping[str, str], weights: Mapping[str, float] | None) -> dict[str, float]:
     """Weights that sum to 1, in the principles' order."""
     weights = dict.fromkeys(principles, 1.0) if weights is None else weights
     settings.refuse_unknown(weights, principles, "weights")

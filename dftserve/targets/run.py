@@ -178,6 +178,7 @@ class _Prepared:
 def _prepared(job: Job, say: Say) -> _Prepared:
     begun = store.begun(job.out)
     recipe = recipes.load(job.recipe, job.values)
+    recipes.check_inputs(recipe)
     material = read_documents(job, recipe, say, written_at=_written_at(recipe, begun))
     documents = material.documents
     source = _source(recipe, material.tokenizer, documents, begun.get("source"), say)
@@ -240,6 +241,8 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers:
         teacher.check_length(longest, "--max-tokens")
+    for model, principles in recipes.principles(recipe):
+        _check_under_principles(pretrained.examine(model), tokenizer, principles, documents)
     return Material(
         tokenizer=tokenizer,
         documents=documents,
@@ -349,6 +352,20 @@ def _checked_teachers(
     for teacher in found:
         teacher.check_tokenizer(tokenizer)
     return found
+
+
+def _check_under_principles(
+    teacher: pretrained.Examined,
+    tokenizer: PreTrainedTokenizerBase,
+    principles: Mapping[str, str],
+    documents: Mapping[str, Sequence[Document]],
+) -> None:
+    """Refuse documents that are too long for the teacher with a principle before them."""
+    from dftserve.targets.principles import check_lengths
+
+    if teacher.positions is not None:
+        for split in SPLITS:
+            check_lengths(teacher.positions, tokenizer, principles, documents[split])
 
 
 # ── Documents ────────────────────────────────────────────────────────────────────────────────────

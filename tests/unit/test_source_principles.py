@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dftserve.targets import conversation
 from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
-from dftserve.targets.principles import Principles, load_principles
+from dftserve.targets.principles import Principles, check_lengths, load_principles
 from dftserve.targets.teacher import Teacher
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -181,6 +181,25 @@ def check_under_principle(teacher, tokenizer, text, expected):
     torch.testing.assert_close(
         found(0, doc.trained), teacher.read([wanted])[0](0, doc.trained), atol=2e-5, rtol=1e-5
     )
+
+
+def test_a_document_that_is_too_long_with_a_principle_is_refused(teacher):
+    """Where the teacher itself would refuse it, and with the length that is accepted."""
+    tokenizer, texts = tokenizer_of(NO_DEFAULT), {"dry": "w6 w6 w6"}
+    source = Principles(teacher, tokenizer, texts)
+    longest = "w1 " * (128 - 3 - 1)
+    for words, is_refused in ((longest, False), (longest + "w1", True)):
+        doc = encode_text(tokenizer, words)
+        if not is_refused:
+            check_lengths(128, tokenizer, texts, [doc])
+            source.read([doc])
+            continue
+        with pytest.raises(
+            ValueError, match=r"principles\.dry: .* 129 .*--max-tokens of at most 125"
+        ):
+            check_lengths(128, tokenizer, texts, [document(8), doc])
+        with pytest.raises(ValueError, match="texts of 129 tokens"):
+            source.read([doc])
 
 
 def test_invalid_arguments_are_refused(teacher):
