@@ -588,6 +588,11 @@ class TargetStore:
         file, index = self._locate(split, number)
         return file.trained_within(index, start, stop)
 
+    def token_digests(self, split: str) -> Iterator[bytes]:
+        """A digest of the tokens of each document; nothing but tokens is read."""
+        for file in self._files[split]:
+            yield from file.token_digests()
+
     def verify(self) -> None:
         """Read every byte of every shard and compare it with the manifest.
 
@@ -727,6 +732,12 @@ class _ShardFile:
         if any(np.isnan(each).any() for each in numbers) or np.isinf(targets.entropy_T).any():
             raise self._error("NaN in targets", "numbers")
         return Document(tokens_N, trained_N), targets
+
+    def token_digests(self) -> Iterator[bytes]:
+        low_N, high_N = (self._slice(f"tokens_{part}", slice(None)) for part in ("low", "high"))
+        for index in range(len(self.document_ends_D)):
+            span = _span(self.document_ends_D, index)
+            yield blake3(low_N[span].tobytes() + high_N[span].tobytes()).digest()
 
     def trained_within(self, index: int, start: int, stop: int) -> int:
         first = _span(self.document_ends_D, index).start
