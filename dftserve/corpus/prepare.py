@@ -13,6 +13,7 @@ texts that one is held out only to have one; or the corpus becomes so large that
 by a sample.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -141,9 +142,9 @@ def prepare(
     """The texts that pass the filters, in their original order.
 
     Args:
-        heldout: the share of texts, in [0, 1), that is not trained on. Above 0, at least one text
-            is held out and at least one is trained on. Ignored if any text's `split` marks it as
-            held out: then exactly those are.
+        heldout: the share of texts, in [0, 1), that is not trained on, of those whose `split` is
+            not given. Above 0, at least one text is held out and at least one is trained on.
+            Ignored if any text's `split` marks it as held out: then exactly those are.
         seed: of the split.
         counts_answers: the source counts how often each answer is given (`references`), so equal
             conversations are not dropped as duplicates.
@@ -162,12 +163,15 @@ def prepare(
         )
     is_given = any(map(_is_given_heldout, kept))
     draws = _draws(kept, filters, seed, report) if heldout or is_given else [NO_DRAW] * len(kept)
-    if heldout and not is_given and len(set(draws)) == 1:
-        raise ValueError(_cannot_hold_out(kept, report))
+    by_split: dict[str | None, set[float]] = {"train": set(), "heldout": set(), None: set()}
+    for draw, text in zip(draws, kept, strict=True):
+        by_split[text.pieces[0].split].add(draw)
     if is_given:
-        aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_given_heldout(text)}
+        aside = by_split["heldout"]
     else:
-        aside = _heldout(set(draws), heldout)
+        aside = _heldout(by_split[None] - by_split["train"], heldout, any_left=by_split["train"])
+        if heldout and not aside:
+            raise ValueError(_cannot_hold_out(kept, report))
     splits: dict[str, list[Text]] = {"train": [], "heldout": []}
     for draw, text in zip(draws, kept, strict=True):
         if is_given and draw in aside and not _is_given_heldout(text):
@@ -201,7 +205,7 @@ def _kept(
     texts: Iterable[Text], filters: Filters, report: Report, counts_answers: bool
 ) -> Iterator[_Kept]:
     duplicates = Duplicates(filters.duplicate_threshold)
-    given: set[str] = set()
+    given: set[tuple[str, str]] = set()
     for text in texts:
         report.read += 1
         reason = verdict(text, filters)
@@ -215,12 +219,14 @@ def _kept(
         for number, piece in enumerate(cut(clean, filters.split_words)):
             if counts_answers and piece.messages is not None:
                 pieces.append(piece)
-                if piece.content in given:
+                said = piece.content, _tools(piece)
+                if said in given:
                     report.note(GIVEN_AGAIN, piece.origin)
-                given.add(piece.content)
+                given.add(said)
                 continue
             prompt, name = opening(piece), f"{report.kept} {number}"
-            known = duplicates.of(piece.content[len(prompt) :], name, within=prompt)
+            within = prompt + _tools(piece)
+            known = duplicates.of(piece.content[len(prompt) :], name, within=within)
             if known is None:
                 pieces.append(piece)
             else:
@@ -240,8 +246,19 @@ def _kept(
             yield _Kept(clean.content, text.origin, pieces, copied)
 
 
+def _tools(text: Text) -> str:
+    """The tools that a conversation's assistant may call, as JSON; empty without any."""
+    return json.dumps(text.tools, sort_keys=True, default=str) if text.tools else ""
+
+
 def _cannot_hold_out(kept: Sequence[_Kept], report: Report) -> str:
     """Error message: why nothing can be held out, and what to do."""
+    if any(text.pieces[0].split == "train" for text in kept):
+        return (
+            "every text belongs to a corpus with `split: train`, or is a copy of one that does: "
+            "none can be held out. Leave `split` out of one, give texts to hold out "
+            "(--heldout-from), or hold out nothing (--heldout 0)."
+        )
     found = f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out."
     openings = {opening(text.pieces[0]) for text in kept}
     if len(openings) == 1 and openings != {""}:
@@ -309,11 +326,17 @@ def _family(draw: float) -> str:
     return "" if draw == NO_DRAW else draw.hex()
 
 
-def _heldout(draws: Collection[float], share: float) -> set[float]:
-    """The draws below `share`; at least one, even in a small corpus, and never all."""
+def _heldout(draws: Collection[float], share: float, any_left: Collection[float]) -> set[float]:
+    """The draws below `share`; at least one, even in a small corpus, and never all.
+
+    Args:
+        any_left: the draws of texts that are trained on in any case; with some, all of `draws` may
+            be held out.
+    """
     ordered = sorted(draws)
     count = sum(draw < share for draw in ordered)
-    return set(ordered[: min(max(count, 1), len(ordered) - 1)]) if share else set()
+    most = len(ordered) if any_left else len(ordered) - 1
+    return set(ordered[: min(max(count, 1), most)]) if share and most > 0 else set()
 
 
 def _losses(report: Report) -> str:

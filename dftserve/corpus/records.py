@@ -20,6 +20,8 @@ from dftserve.corpus.text import Text
 Turns = tuple[Mapping[str, Any], ...]
 
 CALLS = ("tool_calls", "function_call")
+UNSAID = ("role", "content", "name", "weight")
+"""Fields of a turn that are not among its other texts."""
 FIELDS = (
     "`text`, or `messages`, or `prompt` and `response` or `completion`, or `conversations` "
     "(ShareGPT), or `instruction` and `output` (Alpaca)"
@@ -212,9 +214,18 @@ def _conversation(
 
 
 def turn_text(turn: Mapping[str, Any]) -> str:
-    """The text of a turn: its content, followed by its tool calls as JSON."""
+    """The text of a turn: its content, followed by its tool calls as JSON; of the assistant's also
+    its other texts, such as reasoning, which a chat template may write.
+
+    Others' turns may have texts that are no part of a prompt, such as the time of each.
+    """
     calls = [json.dumps(turn[name], ensure_ascii=False) for name in CALLS if turn.get(name)]
-    return "\n".join([turn["content"], *calls] if turn["content"] else calls)
+    others = [
+        turn[name]
+        for name in sorted(turn.keys() - {*UNSAID, *CALLS})
+        if turn["role"] == "assistant" and isinstance(turn[name], str) and turn[name]
+    ]
+    return "\n".join([*([turn["content"]] if turn["content"] else []), *calls, *others])
 
 
 def opening(text: Text) -> str:

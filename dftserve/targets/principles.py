@@ -36,25 +36,45 @@ from dftserve.targets.teacher import Teacher
 
 
 @dataclass(frozen=True)
+class SystemTurn:
+    """How a template writes the start of a conversation with a principle and without one."""
+
+    opening: tuple[int, ...]
+    """What precedes the first user turn, with the principle as system turn."""
+    replaces: tuple[int, ...]
+    """What the template writes there without it: a begin token, a default system turn."""
+    header: tuple[int, ...]
+    """What precedes the content of a system turn."""
+    bare: tuple[int, ...]
+    """`replaces`, and what follows it before the content of the user's turn."""
+
+
+@dataclass(frozen=True)
 class Opening:
     """The tokens put before a document to apply a principle."""
 
-    conversation: tuple[int, ...] | None
-    """With the principle as system turn; None if the template accepts no system turn."""
-    replaces: tuple[int, ...]
-    """What the template writes there without it: a begin token, a default system turn."""
+    system: SystemTurn | None
+    """None if the template accepts no system turn."""
     text: tuple[int, ...]
     """As plain text: the principle and a blank line."""
     begin: int | None
     """The begin token, which stays first in a document that starts with it."""
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that are put before a document."""
+        system = self.system
+        first = max(1, len(system.header)) if system else 1
+        return max(first + len(self.text), len(system.opening) if system else 0)
+
 
 class Principles(DenseSource):
     """The posterior mixture of a teacher's distributions under each principle.
 
-    If the chat template accepts a system turn and the document starts as the template starts a
-    conversation, the principle is given as a system turn, and replaces that start (a default system
-    turn, say). Otherwise it is put before the document as plain text, followed by a blank line.
+    In a conversation whose template accepts a system turn, the principle is given as a system turn,
+    which replaces a default one; if the conversation has one of its own, it is put at the start of
+    that, followed by a blank line. Otherwise, and in a plain text, it is put before the document as
+    plain text, followed by a blank line.
 
     The posterior uses trained tokens only, since a prompt is not written under any principle.
     """
@@ -85,7 +105,7 @@ class Principles(DenseSource):
         self.vocabulary = teacher.vocabulary
         self._teacher, self._tokenizer = teacher, tokenizer
         self._principles = dict(principles)
-        self._prior = _prior(self._principles, weights)
+        self._prior = prior(self._principles, weights)
         self._power = posterior_power
         self._openings = {
             name: _opening(tokenizer, text) for name, text in self._principles.items()
@@ -166,35 +186,43 @@ class _Mixture:
 
 def _opening(tokenizer: PreTrainedTokenizerBase, principle: str) -> Opening:
     text = tokenizer(f"{principle}\n\n", add_special_tokens=False, truncation=False)["input_ids"]
-    conversation, replaces = _system_turn(tokenizer, principle)
     begin: Any = tokenizer.bos_token_id
-    return Opening(conversation, replaces, tuple(text), begin)  # type: ignore[arg-type]
+    return Opening(_system_turn(tokenizer, principle), tuple(text), begin)  # type: ignore[arg-type]
 
 
-def _system_turn(
-    tokenizer: PreTrainedTokenizerBase, principle: str
-) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """The tokens before the first user turn, with the principle and without it.
-
-    Both renderings end in the same user turn; what precedes it is the opening.
-    """
+def _system_turn(tokenizer: PreTrainedTokenizerBase, principle: str) -> SystemTurn | None:
+    """Found by rendering short conversations: those with the principle and without it end in the
+    same user turn, and those that differ in one turn's content are equal up to that content."""
     if not tokenizer.chat_template:
-        return None, ()
-    user = {"role": "user", "content": "x"}
+        return None
     try:
-        bare = _templated(tokenizer, [user])
-        full = _templated(tokenizer, [{"role": "system", "content": principle}, user])
+        bare, other_user = (_templated(tokenizer, user=each) for each in ("x", "y"))
+        full = _templated(tokenizer, system=principle, user="x")
+        system, other_system = (_templated(tokenizer, system=each, user="x") for each in ("x", "y"))
     except jinja2.TemplateError:  # Raised by templates that refuse a role.
-        return None, ()
+        return None
     if principle.strip() not in tokenizer.decode(full):  # Silently omitted.
-        return None, ()
-    common = 0
-    while common < min(len(bare), len(full)) and bare[-1 - common] == full[-1 - common]:
-        common += 1
-    return tuple(full[: len(full) - common]), tuple(bare[: len(bare) - common])
+        return None
+    same = _common(bare[::-1], full[::-1])
+    replaces = bare[: len(bare) - same]
+    # The last token before the content may be another one if the content begins with a line end.
+    start = max(len(replaces) + 1, _common(bare, other_user) - 1)
+    return SystemTurn(
+        opening=tuple(full[: len(full) - same]),
+        replaces=tuple(replaces),
+        header=tuple(system[: _common(system, other_system)]),
+        bare=tuple(bare[: min(start, _common(bare, other_user))]),
+    )
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> list[int]:
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, **contents: str) -> list[int]:
+    turns = [{"role": role, "content": content} for role, content in contents.items()]
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
         turns, return_dict=False, strftime_now=clock_of(tokenizer)
     )
@@ -202,18 +230,59 @@ def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) 
 
 def _under_principle(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarray]:
     """The document's tokens under a principle, and the new positions of its trained tokens."""
-    positions_T = document.positions_T
-    first = int(positions_T[0]) if len(positions_T) else len(document.tokens_N)
-    replaces = opening.replaces
-    is_conversation = tuple(document.tokens_N[: len(replaces)].tolist()) == replaces
-    if opening.conversation is not None and is_conversation and first >= len(replaces):
-        before, dropped = opening.conversation, len(replaces)
-    else:
-        begins = int(document.tokens_N[0]) == opening.begin
-        before = (opening.begin, *opening.text) if begins else opening.text
-        dropped = int(begins)
+    before, dropped = _start(document, opening)
     tokens = np.concatenate([np.array(before, np.int64), document.tokens_N[dropped:]])
-    return tokens, positions_T + (len(before) - dropped)
+    return tokens, document.positions_T + (len(before) - dropped)
+
+
+def _start(document: Document, opening: Opening) -> tuple[tuple[int, ...], int]:
+    """The tokens that a document begins with under a principle, and the number of its own tokens
+    that they replace."""
+    system = opening.system
+    if document.has_prompt and system is not None:
+        if _begins(document, system.header) and not _begins(document, system.bare):
+            # A system turn of its own.
+            return (*system.header, *opening.text), len(system.header)
+        if _begins(document, system.replaces):
+            return system.opening, len(system.replaces)
+    begins = int(document.tokens_N[0]) == opening.begin
+    return ((opening.begin, *opening.text) if begins else opening.text), int(begins)  # type: ignore[return-value]
+
+
+def check_lengths(
+    positions: int,
+    tokenizer: PreTrainedTokenizerBase,
+    principles: Mapping[str, str],
+    documents: Sequence[Document],
+) -> None:
+    """Refuse documents that are too long under a principle.
+
+    Args:
+        positions: the tokens that the model can read at once.
+
+    Raises:
+        ValueError: names the principle, and the tokens that it leaves for a document.
+    """
+    for name, text in principles.items():
+        opening = _opening(tokenizer, text)
+        for document in documents:
+            if len(document.tokens_N) + opening.longest <= positions:
+                continue
+            before, dropped = _start(document, opening)
+            longest = len(document.tokens_N) - dropped + len(before)
+            if longest > positions:
+                raise ValueError(
+                    f"principles.{name}: a document has {longest:,} tokens with it, and the "
+                    f"teacher reads up to {positions:,} at once; accepted: --max-tokens of at most "
+                    f"{positions - len(before)}, or a shorter principle."
+                )
+
+
+def _begins(document: Document, tokens: Sequence[int]) -> bool:
+    """Whether the document begins with these tokens, and trains none of them."""
+    count = len(tokens)
+    begins = document.tokens_N[:count].tolist() == list(tokens)
+    return begins and not document.trained_N[:count].any()
 
 
 # ── User input ───────────────────────────────────────────────────────────────────────────────────
@@ -248,7 +317,7 @@ def check_principles(given: object, where: str) -> None:
             raise ValueError(f"{where}.{name}: got {text!r:.80}; accepted: a text, not empty.")
 
 
-def _prior(principles: Mapping[str, str], weights: Mapping[str, float] | None) -> dict[str, float]:
+def prior(principles: Mapping[str, str], weights: Mapping[str, float] | None) -> dict[str, float]:
     """Weights that sum to 1, in the principles' order."""
     weights = dict.fromkeys(principles, 1.0) if weights is None else weights
     settings.refuse_unknown(weights, principles, "weights")

@@ -45,6 +45,9 @@ SUFFIXES = (".yaml", ".yml")
 DEEPEST = 16
 """Levels of nested sources."""
 OF_CORPUS = "corpus."
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""In which a teacher may be loaded; `auto` is that of its weights."""
+_DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:\d{1,3})?")
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -196,13 +199,29 @@ def _filled(given: Any, known: Mapping[str, Any], where: str) -> Any:
     if isinstance(given, dict):
         return {key: _filled(each, known, f"{where}.{key}") for key, each in given.items()}
     if isinstance(given, list):
-        parts = [(i, each) for i, each in enumerate(given) if _is_included(each, known)]
-        return [_filled(each, known, f"{where}[{i}]") for i, each in parts]
+        parts = [
+            (f"{where}[{i}]", _without_when(each))
+            for i, each in enumerate(given)
+            if _is_included(each, known, f"{where}[{i}]")
+        ]
+        return [_filled(each, known, place) for place, each in parts]
     return given
 
 
-def _is_included(part: Any, known: Mapping[str, Any]) -> bool:
-    return not (isinstance(part, dict) and "when" in part) or part["when"] in known
+def _is_included(part: Any, known: Mapping[str, Any], where: str) -> bool:
+    if not (isinstance(part, dict) and "when" in part):
+        return True
+    name = part["when"]
+    if not isinstance(name, str):
+        raise ValueError(f"{where}.when: got {name!r:.80}; accepted: a name, as in --set NAME=.")
+    return known.get(name) is not None
+
+
+def _without_when(part: Any) -> Any:
+    """A part of a list, without the condition under which it is used."""
+    if not (isinstance(part, dict) and "when" in part):
+        return part
+    return {key: each for key, each in part.items() if key != "when"}
 
 
 def _filled_text(given: str, known: Mapping[str, Any], where: str) -> Any:
@@ -237,16 +256,30 @@ class _Given:
 def teacher_models(recipe: Recipe) -> Iterator[str]:
     """Folders or names of all models that a recipe's sources load, including those of
     principles."""
-    waiting: list[Any] = [recipe.source]
+    for given in _mappings(recipe.source):
+        teacher = given.get("teacher")
+        if isinstance(teacher, Mapping) and "model" in teacher:
+            yield str(teacher["model"])
+
+
+def students(recipe: Recipe) -> Iterator[str]:
+    """The folders of cross-fitted students that a recipe's sources load."""
+    for given in _mappings(recipe.source):
+        calibrated = given.get("calibrated")
+        if isinstance(calibrated, Mapping) and calibrated.get("students") is not None:
+            yield str(calibrated["students"])
+
+
+def _mappings(given: Any) -> Iterator[Mapping[str, Any]]:
+    """All mappings in a source, at any depth."""
+    waiting = [given]
     while waiting:
-        given = waiting.pop()
-        if isinstance(given, Mapping):
-            teacher = given.get("teacher")
-            if isinstance(teacher, Mapping) and "model" in teacher:
-                yield str(teacher["model"])
-            waiting += given.values()
-        elif isinstance(given, list | tuple):
-            waiting += given
+        each = waiting.pop()
+        if isinstance(each, Mapping):
+            yield each
+            waiting += each.values()
+        elif isinstance(each, list | tuple):
+            waiting += each
 
 
 def counts_answers(recipe: Recipe) -> bool:
@@ -265,30 +298,103 @@ def _kinds(source: Any) -> Iterator[str]:
         yield from _kinds(config["of"])
 
 
-def _checked(given: Any, where: str, depth: int = 0, fitted: bool = False) -> None:
-    """Refuse a source that `_built` could not build, before anything is loaded.
+def check_inputs(recipe: Recipe) -> None:
+    """Check the files and environment variables that a recipe's sources read, without reading texts
+    or models.
 
-    Args:
-        fitted: whether its weight is fitted to how well it predicts held-out texts.
+    Raises:
+        ValueError: one is missing, or not what the source reads.
     """
-    if depth > DEEPEST:
+    for each in _loaded(recipe.source):
+        if isinstance(each, _Served | _Tilt | _Calibrated):
+            each.check_inputs()
+
+
+def principles(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The model and the principles of each source that reads documents under principles."""
+    for each in _loaded(recipe.source):
+        if isinstance(each, _Principles):
+            yield each.teacher.model, each.principles
+
+
+def _loaded(source: Any) -> Iterator[object]:
+    """The settings of a source and of those nested in it."""
+    kind, config = _kind_and_config(source, "source")
+    if kind in _MIXES:
+        for part, _ in _weighted_parts(config, kind):
+            yield from _loaded(part)
+        return
+    loaded = settings.load(_KINDS[kind], config, kind)
+    yield loaded
+    if isinstance(loaded, _Temper | _Tilt):
+        yield from _loaded(loaded.of)
+    if isinstance(loaded, _Calibrated):
+        for part in loaded.others:
+            yield from _loaded(part)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """The sources that a source is nested in."""
+
+    depth: int = 0
+    fitted: bool = False
+    """Whether its weight is fitted to how well it predicts held-out texts."""
+    combined: str | None = None
+    """The kind that reads its probability of every token."""
+
+    def of(self, kind: str) -> "_Within":
+        return dataclasses.replace(
+            self,
+            depth=self.depth + 1,
+            fitted=self.fitted or kind == "calibrated",
+            combined=kind,
+        )
+
+
+def _checked(given: Any, where: str, within: _Within = _Within()) -> None:
+    """Refuse a source that `_built` could not build, before anything is loaded."""
+    if within.depth > DEEPEST:
         raise ValueError(f"{where}: more than {DEEPEST} sources within sources.")
     kind, config = _kind_and_config(given, where)
-    if fitted and kind == "references":
+    if within.fitted and kind in _KNOW_THE_TEXT:
+        raise ValueError(f"{where}: got {kind}, {_KNOW_THE_TEXT[kind]}.")
+    if kind == "served" and within.combined is not None:
         raise ValueError(
-            f"{where}: got references, which hold the texts that the weights are fitted on; "
-            "accepted: sources built without them; mix references with `calibrated` instead."
+            f"{where}: got served, which gives a server's top tokens only, and {within.combined} "
+            "reads every token's probability; accepted: served as the only source, or the model "
+            "loaded as a teacher."
         )
     if kind in _MIXES:
-        for i, (part, _) in enumerate(_weighted_parts(config, f"{where}.{kind}")):
-            _checked(part, f"{where}.{kind}[{i}]", depth + 1, fitted)
+        parts = list(_weighted_parts(config, f"{where}.{kind}"))
+        inner = within.of(kind)
+        if _is_used_alone(kind, parts):
+            inner = dataclasses.replace(inner, combined=within.combined)
+        for i, (part, _) in enumerate(parts):
+            _checked(part, f"{where}.{kind}[{i}]", inner)
         return
     loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
     if isinstance(loaded, _Temper | _Tilt):
-        _checked(loaded.of, f"{where}.{kind}.of", depth + 1, fitted)
+        _checked(loaded.of, f"{where}.{kind}.of", within.of(kind))
     if isinstance(loaded, _Calibrated):
         for i, part in enumerate(loaded.others):
-            _checked(part, f"{where}.{kind}.others[{i}]", depth + 1, fitted=True)
+            _checked(part, f"{where}.{kind}.others[{i}]", within.of(kind))
+
+
+_KNOW_THE_TEXT = {
+    "references": "which hold the texts that the weights are fitted on; accepted: sources built "
+    "without them; mix references with `calibrated` instead",
+    "calibrated": "whose targets of a training text contain the text's own tokens; accepted: "
+    "sources built without them; give its parts to the outer `calibrated` instead",
+}
+"""Kinds that cannot be a part of a fitted mixture: why, and what to do."""
+
+
+def _is_used_alone(kind: str, parts: Sequence[tuple[Mapping[str, Any], float]]) -> bool:
+    """Whether one part of a mix may be used as it is: without another, or with references that are
+    left out if no prompt has two answers."""
+    others = [(part, weight) for part, weight in parts if "references" not in part]
+    return len(others) == 1 and (kind == "mix" or others[0][1] == 1)
 
 
 def _kind_and_config(given: Any, where: str) -> tuple[str, Any]:
@@ -309,7 +415,7 @@ def _weighted_parts(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any],
         weight = part.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
             raise ValueError(f"{where}[{i}].weight: got {weight!r}; accepted: a number above 0.")
-        yield {key: part[key] for key in part if key not in ("weight", "when")}, weight
+        yield {key: part[key] for key in part if key != "weight"}, weight
 
 
 def _built(source: Mapping[str, Any], given: _Given) -> "Source":
@@ -396,6 +502,13 @@ class _Teacher:
 
     def __post_init__(self) -> None:
         _between(1e-3, 100, temperature=self.temperature)
+        if self.dtype not in DTYPES:
+            accepted = settings.among(self.dtype, DTYPES)
+            raise ValueError(f"dtype: got {self.dtype!r:.80}; accepted: {accepted}.")
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise ValueError(
+                f"device: got {self.device!r:.80}; accepted: cpu, cuda, cuda:N, mps, xpu, xpu:N."
+            )
 
     def build(self, given: _Given) -> "Teacher":
         from dftserve.targets.teacher import Teacher
@@ -420,6 +533,11 @@ class _Served:
     def __post_init__(self) -> None:
         _between(1, 1024, at_once=self.at_once)
 
+    def check_inputs(self) -> None:
+        from dftserve.openai_client import key_of
+
+        key_of(self.key_variable)
+
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.served import ServedTeacher
 
@@ -441,7 +559,11 @@ class _Principles:
     posterior_power: float = 1.0
 
     def __post_init__(self) -> None:
+        from dftserve.targets.principles import check_principles, prior
+
         _between(1e-6, 1, posterior_power=self.posterior_power)
+        check_principles(self.principles, "principles")
+        prior(self.principles, self.weights)
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.principles import Principles
@@ -475,6 +597,20 @@ class _Tilt:
     phrases: tuple[str, ...]
     samples: str
     """A file or folder, read by `corpus.read`, of texts generated by the source `of`."""
+
+    def __post_init__(self) -> None:
+        if not self.phrases or not all(phrase.strip() for phrase in self.phrases):
+            raise ValueError(
+                f"phrases: got {list(self.phrases)!r:.80}; accepted: one text at least, none empty."
+            )
+
+    def check_inputs(self) -> None:
+        from dftserve.corpus.read import check
+
+        try:
+            check(Path(self.samples))
+        except ValueError as error:
+            raise ValueError(f"tilt.samples: {error}") from None
 
     def build(self, given: _Given) -> "Source":
         from dftserve.corpus.read import read
@@ -531,6 +667,12 @@ class _Calibrated:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: got {list(values)}; accepted: each once.")
+
+    def check_inputs(self) -> None:
+        from dftserve.targets.students import CrossFitted
+
+        if self.students is not None:
+            CrossFitted.read(Path(self.students))
 
     def build(self, given: _Given) -> "Source":
         from dftserve.targets.cache import Cache

@@ -8,6 +8,7 @@ Shapes: T trained positions of a document, R of them in one chunk, V vocabulary.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,23 @@ Question = tuple[str, tuple[int, ...]]
 """As `Document.question`."""
 
 
-@dataclass
+TRIES = 32
+"""Prompts whose answers' prefixes are in memory at once, at some 300 bytes a token."""
+
+
+@dataclass(slots=True)
 class Node:
     """A prefix shared by references of one prompt."""
 
-    next_counts: dict[int, int] = field(default_factory=dict)
-    """How many references continue with each token."""
+    count: int = 0
+    """How many references have it."""
     children: dict[int, "Node"] = field(default_factory=dict)
+    """By the next token."""
+
+    @property
+    def next_counts(self) -> dict[int, int]:
+        """How many references continue with each token."""
+        return {token: child.count for token, child in self.children.items()}
 
 
 class References(DenseSource):
@@ -67,8 +78,9 @@ class References(DenseSource):
                 "answer each, the target is the text itself: train without a source (sft)."
             )
         self.vocabulary = vocabulary
-        self._roots = {key: _trie(key[1], group) for key, group in by_question.items()}
-        self._sizes = {key: len(group) for key, group in by_question.items()}
+        self._answers = dict(by_question)
+        # Built when read: those of all prompts would take hundreds of bytes a token of the corpus.
+        self._root = lru_cache(maxsize=TRIES)(self._trie_of)
         digests = sorted(_identity(each) for group in by_question.values() for each in group)
         self._blake3 = blake3(b"".join(digests)).hexdigest()
 
@@ -76,8 +88,8 @@ class References(DenseSource):
         return {
             "kind": "references",
             "answers_blake3": self._blake3,
-            "prompts": len(self._roots),
-            "answers": sum(self._sizes.values()),
+            "prompts": len(self._answers),
+            "answers": sum(map(len, self._answers.values())),
             "vocabulary": self.vocabulary,
         }
 
@@ -90,20 +102,26 @@ class References(DenseSource):
         if not document.has_prompt:
             return [{int(token): 1} for token in document.labels_T]
         prompt, question = document.prompt, document.question
-        node = self._roots.get(question)
+        answers = self._answers.get(question, [])
+        if len(answers) == 1 and _is_same(document, answers[0]):
+            return [{int(token): 1} for token in document.labels_T]
+        node = self._root(question)
         next_tokens = []
         end = len(document.tokens_N) if document.trained_N.any() else 0
         for position in range(len(prompt), end):
-            if node is None or not node.next_counts:
+            if node is None or not node.children:
                 raise ValueError(
                     f"the {position - len(prompt)} first tokens of an answer are no reference's "
-                    f"(its prompt has {self._sizes.get(question, 0)}); accepted: documents that "
+                    f"(its prompt has {len(answers)}); accepted: documents that "
                     "are references themselves. Give the source all answers that will be read."
                 )
             if document.trained_N[position]:
                 next_tokens.append(node.next_counts)
             node = node.children.get(int(document.tokens_N[position]))
         return next_tokens
+
+    def _trie_of(self, question: Question) -> Node:
+        return _trie(question[1], self._answers.get(question, []))
 
     def _rows(self, next_tokens: list[dict[int, int]]) -> Rows:
         def rows(start: int, stop: int) -> Tensor:
@@ -124,9 +142,15 @@ def _trie(prompt: tuple[int, ...], answers: Sequence[Document]) -> Node:
             continue
         node = root
         for token in answer.tokens_N[len(prompt) :].tolist():
-            node.next_counts[token] = node.next_counts.get(token, 0) + 1
             node = node.children.setdefault(token, Node())
+            node.count += 1
     return root
+
+
+def _is_same(one: Document, other: Document) -> bool:
+    return np.array_equal(one.tokens_N, other.tokens_N) and np.array_equal(
+        one.trained_N, other.trained_N
+    )
 
 
 def _identity(answer: Document) -> bytes:

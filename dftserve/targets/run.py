@@ -12,8 +12,10 @@ import queue
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -45,6 +47,7 @@ from dftserve.targets.progress import Progress
 from dftserve.targets.recipe import Recipe
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Manifest, Plan, StoreError, TargetStore
+from dftserve.targets.students import CrossFitted
 
 LOCAL, RAY = "local", "ray"
 """Engines."""
@@ -112,23 +115,24 @@ def build(job: Job, say: Say = print) -> Manifest:
     Raises:
         ValueError: the corpus, recipe, model or folder is invalid. Shards that were written are
             reused when the same job is run again.
-        KeyboardInterrupt: interrupted; likewise.
+        KeyboardInterrupt, SystemExit: stopped by SIGINT or SIGTERM; likewise.
     """
     if job.engine != LOCAL and not (job.out / store.MANIFEST).exists():
         from dftserve.targets import on_ray
 
         on_ray.check(_address(job))
+    store.refuse_locked(job.out)
     prepared = _prepared(job, say)
-    plan, documents = prepared.plan, prepared.documents
     try:
-        store.begin(job.out, plan)
-        if (job.out / store.MANIFEST).exists():
-            TargetStore(job.out).verify()
-            say(f"{job.out} is complete already.")
-            return Manifest.read(job.out)
-        _work(job, prepared, say)
-        manifest = store.finish(job.out, plan, documents, store.versions())
-    except KeyboardInterrupt:
+        with store.locked(job.out), _unwinding_on_sigterm():
+            store.begin(job.out, prepared.plan)
+            if (job.out / store.MANIFEST).exists():
+                TargetStore(job.out).verify()
+                say(f"{job.out} is complete already.")
+                return Manifest.read(job.out)
+            _work(job, prepared, say)
+            manifest = store.finish(job.out, prepared.plan, prepared.documents, store.versions())
+    except (KeyboardInterrupt, SystemExit):
         say(_interrupted_message(job.out))
         raise
     except OSError as error:
@@ -153,11 +157,12 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 class Material:
     """A tokenised corpus."""
 
-    recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     documents: Mapping[str, Sequence[Document]]
     template: str | None
     """SHA-256 of the chat template; None for plain texts."""
+    written_at: str | None
+    """The date and time that the chat template writes, in ISO format; None if it writes none."""
     corpus: Mapping[str, Any]
     """The report of what was read, kept and dropped: a plan's `corpus`."""
 
@@ -171,10 +176,12 @@ class _Prepared:
 
 
 def _prepared(job: Job, say: Say) -> _Prepared:
-    material = read_documents(job, say)
-    recipe, documents = material.recipe, material.documents
-    known = store.begun(job.out).get("source")
-    source = _source(recipe, material.tokenizer, documents, known, say)
+    begun = store.begun(job.out)
+    recipe = recipes.load(job.recipe, job.values)
+    recipes.check_inputs(recipe)
+    material = read_documents(job, recipe, say, written_at=_written_at(recipe, begun))
+    documents = material.documents
+    source = _source(recipe, material.tokenizer, documents, begun.get("source"), say)
     for found in calibrated.calibrations(source.describe()):
         say(calibrated.shown(found))
     plan = store.plan(
@@ -190,16 +197,32 @@ def _prepared(job: Job, say: Say) -> _Prepared:
     return _Prepared(recipe, documents, source, plan)
 
 
-def read_documents(job: Job, say: Say) -> Material:
+def _written_at(recipe: Recipe, begun: Mapping[str, Any]) -> str | None:
+    """The time that chat templates write, if another build has fixed it: the one whose students
+    were tuned on these texts, else the one that began in the same folder."""
+    for folder in recipes.students(recipe):
+        return CrossFitted.read(Path(folder)).written_at
+    return _written_in(begun.get("corpus"))
+
+
+def _written_in(corpus: Any) -> str | None:
+    """The time in a plan's corpus."""
+    given = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
+    return given if isinstance(given, str) else None
+
+
+def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None) -> Material:
     """The corpus of a job, filtered, split and encoded.
 
+    Args:
+        written_at: the time that chat templates write, in ISO format; None: the current time.
+
     Raises:
-        ValueError: the corpus, the recipe or a model is invalid.
+        ValueError: the corpus or a model is invalid.
     """
-    recipe = recipes.load(job.recipe, job.values)
     base = _checked_model(job)
     tokenizer = _tokenizer(job.model)
-    moment = _stopped_clock(tokenizer, store.begun(job.out).get("corpus"))
+    moment = _stopped_clock(tokenizer, written_at)
     if base is not None:
         base.check_tokenizer(tokenizer)
     teachers = _checked_teachers(recipe, tokenizer)
@@ -218,11 +241,13 @@ def read_documents(job: Job, say: Say) -> Material:
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers:
         teacher.check_length(longest, "--max-tokens")
+    for model, principles in recipes.principles(recipe):
+        _check_under_principles(pretrained.examine(model), tokenizer, principles, documents)
     return Material(
-        recipe=recipe,
         tokenizer=tokenizer,
         documents=documents,
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
+        written_at=moment.isoformat() if moment else None,
         corpus={
             "recipe": recipe.name,
             "filters": asdict(recipe.corpus),
@@ -290,18 +315,17 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _stopped_clock(tokenizer: PreTrainedTokenizerBase, corpus: Any) -> datetime | None:
-    """Fix the time that templates see: the one in a plan's corpus, else the current time.
+def _stopped_clock(tokenizer: PreTrainedTokenizerBase, written_at: str | None) -> datetime | None:
+    """Fix the time that templates see: the given one, else the current time.
 
     Thus a build can be continued, or is found complete, on another day. Returns None if no template
     uses the time.
     """
     if not tells_time(tokenizer):
         return None
-    given = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
     try:
-        moment = datetime.fromisoformat(given) if given else datetime.now()
-    except (TypeError, ValueError):
+        moment = datetime.fromisoformat(written_at) if written_at else datetime.now()
+    except ValueError:
         moment = datetime.now()  # Another plan, which `store.begin` refuses.
     stop_clock(tokenizer, moment)
     return moment
@@ -328,6 +352,20 @@ def _checked_teachers(
     for teacher in found:
         teacher.check_tokenizer(tokenizer)
     return found
+
+
+def _check_under_principles(
+    teacher: pretrained.Examined,
+    tokenizer: PreTrainedTokenizerBase,
+    principles: Mapping[str, str],
+    documents: Mapping[str, Sequence[Document]],
+) -> None:
+    """Refuse documents that are too long for the teacher with a principle before them."""
+    from dftserve.targets.principles import check_lengths
+
+    if teacher.positions is not None:
+        for split in SPLITS:
+            check_lengths(teacher.positions, tokenizer, principles, documents[split])
 
 
 # ── Documents ────────────────────────────────────────────────────────────────────────────────────
@@ -545,7 +583,7 @@ def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
 def _rebuilt_source(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Source:
     """The plan's source, built again in another process."""
     tokenizer = _tokenizer(job.model)
-    _stopped_clock(tokenizer, plan.corpus)
+    _stopped_clock(tokenizer, _written_in(plan.corpus))
     return _source(recipe, tokenizer, documents, plan.source, _silent)
 
 
@@ -610,6 +648,34 @@ def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:
             yield result
 
 
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM raises SystemExit, so that the processes of a build are ended and no
+    partial file is left. Python allows this in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # A second signal would interrupt the unwinding.
+    sys.exit(128 + number)
+
+
+def _end_with_parent(results: Any) -> None:
+    """End this process, as by SIGTERM, once its parent has died without ending it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        results.cancel_join_thread()  # Nobody reads them any more.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _take_device(rank: int) -> None:
     """Distribute the available GPUs over the processes: "cuda" is a different one for each."""
     import torch
@@ -627,8 +693,8 @@ def _worker(
     results: Any,
 ) -> None:
     rank, world = rank_and_world
-    # Unwind on SIGTERM, so that no partial file is left.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _exit_once)
+    threading.Thread(target=_end_with_parent, args=(results,), daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _take_device(rank)
     try:

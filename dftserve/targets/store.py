@@ -7,6 +7,7 @@
     train-00000.safetensors …    documents and their targets, by split
     heldout-00000.safetensors …
     plan.json                    only during a build: the plan that the manifest will contain
+    lock                         only during a build: locked by the process that writes
 
 A store may come from an untrusted origin. Its files must be regular files inside its folder
 (`bounded_files`). The counts in the manifest are compared with the shards' sizes before they are
@@ -35,12 +36,13 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dftserve import __version__, atomic, settings
+from dftserve import __version__, atomic, lock, settings
 from dftserve.bounded_files import (
     INTEGERS,
     FileError,
     advised,
     is_plain_name,
+    open_growing,
     parse_json,
     read_json,
     read_text,
@@ -53,7 +55,7 @@ from dftserve.targets.source import Source
 from dftserve.targets.sparse import Targets
 
 FORMAT = 1
-MANIFEST, PLAN = "manifest.json", "plan.json"
+MANIFEST, PLAN, LOCK = "manifest.json", "plan.json", "lock"
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 1 << 20
 TOKENS_AT_ONCE = 8192
@@ -269,11 +271,43 @@ def plan(
 def write(
     folder: Path, wanted: Plan, source: Source, documents: Mapping[str, Sequence[Document]]
 ) -> Manifest:
-    """Build a whole store in this process; raises as `begin` and `finish`."""
-    begin(folder, wanted)
-    for _ in build(folder, wanted, source, documents):
-        pass
-    return finish(folder, wanted, documents, versions())
+    """Build a whole store in this process; raises as `locked`, `begin` and `finish`."""
+    with locked(folder):
+        begin(folder, wanted)
+        for _ in build(folder, wanted, source, documents):
+            pass
+        return finish(folder, wanted, documents, versions())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let no other build write to a folder meanwhile. It is created; a finished store is not
+    locked, since nothing is written to it.
+
+    Raises:
+        StoreError: another build writes to it.
+        FileError: the lock is a link, or has content.
+        OSError: the folder cannot be created, or the lock cannot be opened or taken.
+    """
+    if (folder / MANIFEST).exists():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_growing(folder / LOCK, largest=0) as file:
+        if not lock.take(file):
+            raise StoreError(
+                f"{folder}: another build writes to it; wait for it, or choose another folder."
+            )
+        yield
+        if (folder / MANIFEST).exists():
+            (folder / LOCK).unlink(missing_ok=True)
+
+
+def refuse_locked(folder: Path) -> None:
+    """Raises StoreError if another build writes to the folder."""
+    if (folder / LOCK).exists():
+        with locked(folder):
+            pass
 
 
 def begin(folder: Path, wanted: Plan) -> None:
@@ -293,8 +327,9 @@ def begin(folder: Path, wanted: Plan) -> None:
             "or remove this one."
         )
     if (folder / MANIFEST).exists():
-        # The plan is still there if `finish` was killed before removing it.
+        # They are still there if the build was killed before removing them.
         (folder / PLAN).unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 def begun(folder: Path) -> Mapping[str, Any]:
@@ -308,8 +343,9 @@ def begun(folder: Path) -> Mapping[str, Any]:
             return _plan_in(folder, path)
     if not folder.exists():
         return {}
-    # A killed process may have left a partially written plan, which is ignored.
-    if not folder.is_dir() or any(path.name != PLAN + atomic.PARTIAL for path in folder.iterdir()):
+    # A killed process may have left a partially written plan, and the lock.
+    ours = {PLAN + atomic.PARTIAL, LOCK}
+    if not folder.is_dir() or any(path.name not in ours for path in folder.iterdir()):
         raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
     return {}
 
@@ -552,6 +588,11 @@ class TargetStore:
         file, index = self._locate(split, number)
         return file.trained_within(index, start, stop)
 
+    def token_digests(self, split: str) -> Iterator[bytes]:
+        """A digest of the tokens of each document; nothing but tokens is read."""
+        for file in self._files[split]:
+            yield from file.token_digests()
+
     def verify(self) -> None:
         """Read every byte of every shard and compare it with the manifest.
 
@@ -691,6 +732,12 @@ class _ShardFile:
         if any(np.isnan(each).any() for each in numbers) or np.isinf(targets.entropy_T).any():
             raise self._error("NaN in targets", "numbers")
         return Document(tokens_N, trained_N), targets
+
+    def token_digests(self) -> Iterator[bytes]:
+        low_N, high_N = (self._slice(f"tokens_{part}", slice(None)) for part in ("low", "high"))
+        for index in range(len(self.document_ends_D)):
+            span = _span(self.document_ends_D, index)
+            yield blake3(low_N[span].tobytes() + high_N[span].tobytes()).digest()
 
     def trained_within(self, index: int, start: int, stop: int) -> int:
         first = _span(self.document_ends_D, index).start

@@ -40,20 +40,33 @@ class CrossFitted:
     """`pretrained.model_digest` of the model that they were tuned from."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The trainer's settings."""
+    written_at: str | None = None
+    """The date and time that the chat template wrote into the documents; None: it writes none."""
 
     def __post_init__(self) -> None:
         check_folds(self.folds)
 
     @classmethod
-    def read(cls, folder: Path) -> "CrossFitted":
-        """Raises ValueError: not a folder of students, or an unfinished one."""
+    def begun(cls, folder: Path) -> "CrossFitted | None":
+        """The metadata of finished or unfinished students; None if none were begun.
+
+        Raises:
+            ValueError: the file is not metadata of students.
+        """
         path = folder / STUDENTS_FILE
         if not path.exists():
+            return None
+        return settings.load(cls, read_json(path, within=folder, largest=LARGEST_FILE), str(path))
+
+    @classmethod
+    def read(cls, folder: Path) -> "CrossFitted":
+        """Raises ValueError: not a folder of students, or an unfinished one."""
+        found = cls.begun(folder)
+        if found is None:
             raise ValueError(
                 f"students: got {str(folder)!r}, which has no {STUDENTS_FILE}; accepted: the --out "
                 "of `dftserve target students`."
             )
-        found = settings.load(cls, read_json(path, within=folder, largest=LARGEST_FILE), str(path))
         for fold in range(found.folds):
             if not (final_of(folder, fold) / "config.json").exists():
                 raise ValueError(

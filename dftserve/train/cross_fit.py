@@ -10,16 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from dftserve import atomic, pretrained, settings
-from dftserve.bounded_files import read_json
 from dftserve.fingerprints import tokenizer_fingerprint
+from dftserve.targets import recipe as recipes
 from dftserve.targets import store
 from dftserve.targets.document import Document
 from dftserve.targets.run import Job, Material, Say, read_documents
 from dftserve.targets.students import (
-    LARGEST_FILE,
     STUDENTS_FILE,
     CrossFitted,
     check_folds,
@@ -58,7 +56,14 @@ def cross_fit(
     """
     check_folds(folds)
     config = _config(job, training)
-    material = read_documents(job, say)
+    begun = _begun(job.out)
+    material = read_documents(
+        job,
+        recipes.load(job.recipe, job.values),
+        say,
+        # A template that writes the date gives the documents of the day that they were begun on.
+        written_at=begun.written_at if begun else None,
+    )
     documents = material.documents["train"]
     parts = [[each for each in documents if fold_of(each, folds) == fold] for fold in range(folds)]
     for fold, part in enumerate(parts):
@@ -73,8 +78,9 @@ def cross_fit(
         corpus_blake3=corpus_digest(documents, folds),
         model_blake3=pretrained.model_digest(pretrained.examine(job.model)),
         training={name: each for name, each in asdict(config).items() if name not in OURS},
+        written_at=material.written_at,
     )
-    _begin(job.out, wanted)
+    _begin(job.out, begun, wanted)
     for fold, part in enumerate(parts):
         if final_of(job.out, fold).exists():
             say(f"Fold {fold + 1} of {folds} is trained already.")
@@ -108,24 +114,35 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
     return replace(config, model=job.model, divergence=DivergenceConfig(name="sft"))
 
 
-def _begin(folder: Path, wanted: CrossFitted) -> None:
-    path = folder / STUDENTS_FILE
-    if path.exists():
-        found: Any = read_json(path, within=folder, largest=LARGEST_FILE)
-        was = settings.load(CrossFitted, found, str(path))
-        now: CrossFitted = settings.load(CrossFitted, json.loads(_json(wanted)), str(path))
-        if was != now:
-            differs = next(name for name in asdict(was) if getattr(was, name) != getattr(now, name))
-            what = differs.removesuffix("_blake3")
-            raise ValueError(
-                f"{folder} holds students of another {what}; accepted: the {what} that they were "
-                "begun with. Give that, choose another --out, or remove the folder."
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
+def _begun(folder: Path) -> CrossFitted | None:
+    """The students in a folder, refused before the corpus is read if it holds something else."""
+    found = CrossFitted.begun(folder)
+    if found is None and folder.exists() and not _is_empty(folder):
         raise ValueError(f"{folder} is neither empty nor a folder of students; choose another.")
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, _json(wanted))
+    return found
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in it but what a process left that was killed while it began."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    return names <= {STUDENTS_FILE + atomic.PARTIAL}
+
+
+def _begin(folder: Path, was: CrossFitted | None, wanted: CrossFitted) -> None:
+    """Write the metadata, or refuse students of another kind than those begun."""
+    path = folder / STUDENTS_FILE
+    if was is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(path, _json(wanted))
+        return
+    now: CrossFitted = settings.load(CrossFitted, json.loads(_json(wanted)), str(path))
+    if was != now:
+        differs = next(name for name in asdict(was) if getattr(was, name) != getattr(now, name))
+        what = differs.removesuffix("_blake3")
+        raise ValueError(
+            f"{folder} holds students of another {what}; accepted: the {what} that they were "
+            "begun with. Give that, choose another --out, or remove the folder."
+        )
 
 
 def _json(wanted: CrossFitted) -> str:

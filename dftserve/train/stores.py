@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,31 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
             f"targets: got stores of {', '.join(map(str, draws))} draws, whose least common "
             f"multiple is above {LARGEST_KEPT}; accepted: a least common multiple up to it. "
             "Build one of them again (store.draws of its recipe)."
+        )
+    if len(stores) > 1:
+        _check_splits(stores)
+
+
+def _check_splits(stores: Sequence[TargetStore]) -> None:
+    """Refuse stores of which one trains on documents that another holds out: figures on held-out
+    text would be measured on text that is learnt."""
+    holders: dict[bytes, set[Path]] = {}
+    for store in stores:
+        for digest in store.token_digests("heldout"):
+            holders.setdefault(digest, set()).add(store.folder)
+    if not holders:
+        return
+    learnt = Counter(
+        (held, store.folder)
+        for store in stores
+        for digest in store.token_digests("train")
+        for held in holders.get(digest, set()) - {store.folder}
+    )
+    for (held, trained), count in learnt.items():
+        raise ValueError(
+            f"targets: {trained} trains on {count:,} documents that {held} holds out; accepted: "
+            "stores that hold out the same texts. Build both with the same corpus, --heldout and "
+            "--seed, or one with the texts that the other holds out as --heldout-from."
         )
 
 

@@ -12,9 +12,9 @@ import pytest
 from pyarrow import parquet
 
 from dftserve.corpus.filters import Filters
-from dftserve.corpus.prepare import LIKE_HELDOUT, prepare
+from dftserve.corpus.prepare import DUPLICATE, GIVEN_AGAIN, LIKE_HELDOUT, prepare
 from dftserve.corpus.read import read
-from dftserve.corpus.records import Fields
+from dftserve.corpus.records import Fields, opening
 from dftserve.corpus.sources import read_all
 from dftserve.targets import recipe
 from tests.unit.test_corpus import ANY, changed, prose
@@ -265,6 +265,54 @@ def test_one_corpus_of_several_may_be_held_out(tmp_path):
     assert {each.messages is None for each in corpus.train} == {True}
     assert {each.messages is None for each in corpus.heldout} == {False}
     assert len(corpus.train) == 30
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_texts_of_a_corpus_that_is_trained_on_are_not_held_out(tmp_path, share):
+    """Nor are copies of them."""
+    path = corpora(tmp_path, split="train")
+    (tmp_path / "novels" / "copy.txt").write_text(
+        prose(20, 100) + "\n" + (tmp_path / "novels" / "3.txt").read_text()
+    )
+    record = {"q": "Which?", "a": (tmp_path / "novels" / "5.txt").read_text()}
+    with (tmp_path / "forum.jsonl").open("a") as opened:
+        opened.write(json.dumps(record) + "\n")
+    corpus = prepare(read_all(path), ANY, heldout=share)
+    assert corpus.heldout
+    assert {each.split for each in corpus.heldout} == {None}
+    assert sum(each.split == "train" for each in corpus.train) == 61
+    assert "novels/5.txt" in {each.origin for each in corpus.train}
+
+
+def test_nothing_can_be_held_out_if_all_is_trained_on(tmp_path):
+    path = corpora(tmp_path, split="train")
+    path.write_text(json.dumps({"corpora": [{"path": "novels", "split": "train"}]}))
+    with pytest.raises(ValueError, match=r"`split: train`.*--heldout 0"):
+        prepare(read_all(path), ANY, heldout=0.2)
+    assert len(prepare(read_all(path), ANY, heldout=0).train) == 30
+
+
+@pytest.mark.parametrize("counts_answers", [False, True])
+def test_answers_that_differ_in_reasoning_or_tools_are_no_copies(tmp_path, counts_answers):
+    def chat(thought, tool):
+        answer = {**ANSWER, "reasoning_content": thought}
+        return {"messages": [USER, answer], "tools": [{"name": tool}]}
+
+    chats = [chat(prose(30, n), "f") for n in range(5)] + [chat(prose(30, 0), "g")]
+    texts = [*read(lines(tmp_path / "a.jsonl", *chats, chats[0]))]
+    report = prepare(texts, ANY, heldout=0, counts_answers=counts_answers).report
+    assert report.documents["train"] == (7 if counts_answers else 6)
+    found = report.noted[GIVEN_AGAIN] if counts_answers else report.dropped[DUPLICATE]
+    assert found.examples == ("a.jsonl:7",)
+
+
+def test_only_the_assistants_other_texts_count(tmp_path):
+    """A question is the same one at another time, so that its answers stay together."""
+    asked = {**USER, "asked_at": "a Monday"}
+    answer = {**ANSWER, "reasoning": "It must.", "name": "Ann", "weight": 1}
+    (text,) = read(lines(tmp_path / "a.jsonl", {"messages": [asked, answer]}))
+    assert text.content == "Why?\n\nSo.\nIt must."
+    assert opening(text) == "Why?\n\n"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from accelerate.data_loader import (
     BatchSamplerShard,
 )
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from dftserve import checkpoint
+from dftserve.cli import main
 from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store as stores
 from dftserve.targets.document import Document
@@ -41,7 +43,7 @@ from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.stores import store_names
 from dftserve.train.target_weight import differs
-from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, tokenizer
+from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, save_texts, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -590,6 +592,27 @@ def test_a_divergence_that_needs_draws_is_refused_if_a_store_has_none(run, folde
         read(replace(config, divergence=DivergenceConfig(name="reverse_kl")))
     whole = save_marked(tmp_path / "whole", {"train": 1, "heldout": 1}, draws=0, k=VOCABULARY)
     read(replace(run, targets=str(whole)))  # Top entries for all tokens: no draws needed.
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_stores_of_one_corpus_must_hold_out_the_same_texts(run, tmp_path, order):
+    """Those that hold out the same, or nothing of one another, are accepted."""
+    texts = save_texts(tmp_path / "texts", 60)
+    model = run.model
+
+    def built(name, recipe, *more):
+        arguments = [texts, "--model", model, "--recipe", recipe, "--out", tmp_path / name, *more]
+        result = CliRunner().invoke(main, ["target", "build", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return StoreConfig(path=str(tmp_path / name), weight=1)
+
+    small = built("small", "creative", "--heldout", 0.1)
+    large = built("large", "creative", "--heldout", 0.3)
+    other = built("other", "technical", "--heldout", 0.1)
+    with pytest.raises(ValueError, match=r"small trains on .* that .*large holds out; accepted"):
+        read(replace(run, targets=(small, large)[::order]))
+    for accepted in [(small, other), (small, *run.stores)]:
+        assert read(replace(run, targets=accepted[::order])).stores
 
 
 @pytest.mark.parametrize("packing", [True, False])

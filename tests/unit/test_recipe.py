@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dftserve.targets import recipe
+from dftserve.targets import recipe, run
 from dftserve.targets.document import Document
 from dftserve.targets.recipe import load, shipped, source_of
 
@@ -71,7 +71,7 @@ def test_a_shipped_recipe_needs_no_teacher(name):
 @pytest.mark.parametrize("name", WITHOUT_A_TEACHER)
 def test_a_shipped_recipe_takes_a_teacher(name):
     parts = load(name, {"teacher": "/models/base", "teacher_weight": "2"}).source["mix"]
-    assert parts[-1] == {"weight": 2, "when": "teacher", "teacher": {"model": "/models/base"}}
+    assert parts[-1] == {"weight": 2, "teacher": {"model": "/models/base"}}
 
 
 def test_conversation_uses_references_if_there_are_any():
@@ -97,6 +97,25 @@ def test_a_recipe_with_references_anywhere_counts_answers(write_recipe, source, 
 
 
 # Placeholders
+
+
+@pytest.mark.parametrize("kind", ["mix", "others"])
+def test_a_part_with_a_condition_is_used_if_its_name_has_a_value(write_recipe, kind):
+    """A default of null is no value."""
+    weight = {"weight": 1} if kind == "mix" else {}
+    parts = [{**weight, **NGRAM}, {**weight, "when": "big", "teacher": {"model": "${big}"}}]
+    if kind == "mix":
+        source = {"mix": parts}
+    else:
+        source = {"calibrated": {"teacher": {"model": "m"}, "others": parts}}
+    path = write_recipe(source=source, defaults={"big": None})
+
+    def found(*given):
+        source = load(path, *given).source
+        return source["mix"] if kind == "mix" else source["calibrated"]["others"]
+
+    assert found() == parts[:1]
+    assert found({"big": "/m"}) == [parts[0], {**weight, "teacher": {"model": "/m"}}]
 
 
 def test_placeholders(write_recipe):
@@ -135,6 +154,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones(name):
 
 
 NGRAM = {"ngram": {}}
+SERVED = {"served": {"url": "http://x", "model": "m"}}
 
 
 @pytest.mark.parametrize(
@@ -177,11 +197,57 @@ NGRAM = {"ngram": {}}
                 ({"others": [{"techer": {}}]}, r"others\[0\]: got the key 'techer'.*'teacher'"),
                 ({"others": [{"references": {}}]}, r"others\[0\]: got references, which hold"),
                 (
+                    {"others": [{"calibrated": {"teacher": {"model": "m"}}}]},
+                    r"others\[0\]: got calibrated, whose targets .* contain the text's own tokens",
+                ),
+                ({"others": [SERVED]}, r"others\[0\]: got served, .* calibrated reads every"),
+                (
                     {"others": [{"temper": {"power": 0.5, "of": {"references": {}}}}]},
                     r"others\[0\].temper.of: got references",
                 ),
                 ({"teacher": {"modle": "m"}}, "teacher: got the key 'modle'.*did you mean 'model'"),
             ]
+        ),
+        ({"source": {"teacher": {"model": "m", "dtype": "fp99"}}}, "dtype: got 'fp99'; accepted"),
+        ({"source": {"teacher": {"model": "m", "device": "gpu"}}}, "device: got 'gpu'; accepted"),
+        *(
+            ({"source": {"principles": {"teacher": {"model": "m"}, **wrong}}}, message)
+            for wrong, message in [
+                ({"principles": {}}, "principles: principles: got {}; accepted: a text for each"),
+                ({"principles": {"a": " "}}, "principles.a: got ' '; accepted: a text, not empty"),
+                (
+                    {"principles": {"dry": "x"}, "weights": {"dyr": 1.0}},
+                    "weights: got the key 'dyr'.*did you mean 'dry'",
+                ),
+                (
+                    {"principles": {"dry": "x", "warm": "y"}, "weights": {"dry": 1.0}},
+                    "weights.warm: got nothing; accepted: a number above 0",
+                ),
+            ]
+        ),
+        (
+            {"source": {"tilt": {"of": NGRAM, "phrases": [], "samples": "s"}}},
+            r"phrases: got \[\]; accepted: one text at least",
+        ),
+        (
+            {"source": {"mix": [{"weight": 1, **SERVED}, {"weight": 1, **NGRAM}]}},
+            r"mix\[0\]: got served, which gives a server's top tokens only, and mix reads",
+        ),
+        (
+            {"source": {"temper": {"power": 0.5, "of": SERVED}}},
+            "temper.of: got served, .* temper reads every token's",
+        ),
+        (
+            {"source": {"temper": {"power": 0.5, "of": {"mix": [{"weight": 1, **SERVED}]}}}},
+            r"temper.of.mix\[0\]: got served, .* temper reads every token's",
+        ),
+        (
+            {"source": {"geomix": [{"weight": 2, **SERVED}]}},
+            r"geomix\[0\]: got served, .* geomix reads every token's",
+        ),
+        (
+            {"source": {"mix": [{"weight": 1, "when": ["a", "b"], **NGRAM}]}},
+            r"source.mix\[0\].when: got \['a', 'b'\]; accepted: a name",
         ),
         ({"source": {"calibrated": {}}}, "calibrated.teacher: got nothing; accepted: keys and"),
         (
@@ -195,6 +261,59 @@ def test_invalid_recipes_are_refused(write_recipe, changes, message):
         load(write_recipe(**changes))
     assert str(caught.value).startswith("mine.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SERVED,
+        {"mix": [{"weight": 3, **SERVED}]},
+        {"geomix": [{"weight": 1, **SERVED}]},
+        {"mix": [{"weight": 3, **SERVED}, {"weight": 1, "references": {"optional": True}}]},
+    ],
+)
+def test_a_server_that_is_the_only_source_is_accepted(write_recipe, source):
+    documents = {"train": documents_of([0, 1, 2, 3], [1, 2, 3, 0]), "heldout": []}
+    built = build(write_recipe(source=source), documents=documents)
+    assert built.describe()["kind"] == "served"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"served": {**SERVED["served"], "key_variable": "NO_SUCH_KEY"}},
+            "variable NO_SUCH_KEY holds no API key; accepted",
+        ),
+        (
+            {
+                "temper": {
+                    "power": 2,
+                    "of": {"tilt": {"of": NGRAM, "phrases": ["a"], "samples": "nowhere"}},
+                }
+            },
+            "nowhere: nothing is there; accepted",
+        ),
+        (
+            {"mix": [{"weight": 1, "calibrated": {"teacher": {"model": "m"}, "students": "no"}}]},
+            "students: got 'no', which has no students.json; accepted",
+        ),
+    ],
+)
+def test_missing_inputs_of_a_recipe_are_found_before_the_corpus_is_read(
+    tmp_path, write_recipe, monkeypatch, source, message
+):
+    """`target students` does not need them: the students may be those that it makes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    monkeypatch.setattr(run, "read_documents", lambda *_, **given: pytest.fail("texts are read"))
+    path = write_recipe(source=source)
+    assert load(path)
+    job = run.Job(corpus=tmp_path, model="m", recipe=path, out=tmp_path / "out")
+    for command in (run.build, run.estimate):
+        with pytest.raises(ValueError, match=message):
+            command(job)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

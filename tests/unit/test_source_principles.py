@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dftserve.targets import conversation
 from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
-from dftserve.targets.principles import Principles, load_principles
+from dftserve.targets.principles import Principles, check_lengths, load_principles
 from dftserve.targets.teacher import Teacher
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -29,6 +29,7 @@ REFUSES_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     + TEMPLATE
 )
+NO_DEFAULT = TEMPLATE.removeprefix("{{ bos_token }}")
 TEXTS = {"plain": "w1 w2 w3", "ornate": "w4 w5", "dry": "w6"}
 WEIGHTS = {"plain": 1.0, "ornate": 2.0, "dry": 5.0}
 
@@ -133,41 +134,72 @@ def test_rows_do_not_depend_on_the_batch(teacher):
 
 
 MESSAGES = [{"role": "user", "content": " w7 w8 "}, {"role": "assistant", "content": " w9 w10 "}]
+OWN_SYSTEM = [{"role": "system", "content": " w11 "}, *MESSAGES]
+GREETED = [{"role": "assistant", "content": " w12 ", "weight": 0}, *MESSAGES]
+CHAT = "<|user|> w7 w8 <|end|><|assistant|> w9 w10 <|end|>"
 
 
 @pytest.mark.parametrize(
-    ("template", "chat", "prefix"),
+    ("template", "text", "expected"),
     [
-        (TEMPLATE, True, "<s><|system|>w6<|end|>"),
-        (DEFAULT_SYSTEM, True, "<|system|>w6<|end|>"),
-        (REFUSES_SYSTEM, True, "<s> w6 "),
-        (DEFAULT_SYSTEM, False, "w6 "),
-        (None, False, "w6 "),
+        (TEMPLATE, MESSAGES, "<s><|system|>w6<|end|>" + CHAT),
+        (NO_DEFAULT, MESSAGES, "<|system|>w6<|end|>" + CHAT),
+        (DEFAULT_SYSTEM, MESSAGES, "<|system|>w6<|end|>" + CHAT),
+        (REFUSES_SYSTEM, MESSAGES, "<s> w6 " + CHAT),
+        (TEMPLATE, OWN_SYSTEM, "<s><|system|>w6 w11<|end|>" + CHAT),
+        (NO_DEFAULT, OWN_SYSTEM, "<|system|>w6 w11<|end|>" + CHAT),
+        (DEFAULT_SYSTEM, OWN_SYSTEM, "<|system|>w6 w11<|end|>" + CHAT),
+        (NO_DEFAULT, GREETED, "<|system|>w6<|end|><|assistant|>w12<|end|>" + CHAT),
+        (TEMPLATE, "w7 w8", "w6 w7 w8</s>"),
+        (NO_DEFAULT, "w7 w8", "w6 w7 w8</s>"),
+        (DEFAULT_SYSTEM, "w7 w8", "w6 w7 w8</s>"),
+        (None, "w7 w8", "w6 w7 w8</s>"),
     ],
 )
-def test_a_principle_is_the_system_message_or_a_prefix(teacher, template, chat, prefix):
+def test_a_principle_is_the_system_message_or_a_prefix(teacher, template, text, expected):
+    check_under_principle(teacher, tokenizer_of(template), text, expected)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, NO_DEFAULT, DEFAULT_SYSTEM])
+def test_a_plain_text_with_a_begin_token_gets_a_prefix_after_it(teacher, template):
     tokenizer = tokenizer_of(template)
-    if chat:
-        doc = conversation.encode(tokenizer, MESSAGES).document
-        rest = "<|user|> w7 w8 <|end|><|assistant|> w9 w10 <|end|>"
-    else:
-        doc = encode_text(tokenizer, "w7 w8 w9 w10")
-        rest = "w7 w8 w9 w10</s>"
-    expected = Document(
-        np.array(tokenizer(prefix + rest)["input_ids"], np.int32),
-        np.concatenate(
-            [
-                np.zeros(len(tokenizer(prefix + rest)["input_ids"]) - len(doc.positions_T), bool),
-                np.ones(len(doc.positions_T), bool),
-            ]
-        ),
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    assert expected.labels_T.tolist() == doc.labels_T.tolist()
+    check_under_principle(teacher, tokenizer, "w7 w8", "w6 w7 w8</s>")
+
+
+def check_under_principle(teacher, tokenizer, text, expected):
+    """expected: the whole document under the principle `w6`."""
+    is_text = isinstance(text, str)
+    doc = encode_text(tokenizer, text) if is_text else conversation.encode(tokenizer, text).document
+    tokens = tokenizer(expected)["input_ids"]
+    trained_N = np.arange(len(tokens)) >= len(tokens) - doc.trained
+    wanted = Document(np.array(tokens, np.int32), trained_N)
+    assert wanted.labels_T.tolist() == doc.labels_T.tolist()
     found = Principles(teacher, tokenizer, {"dry": "w6"}).read([doc])[0]
-    count = len(doc.positions_T)
     torch.testing.assert_close(
-        found(0, count), teacher.read([expected])[0](0, count), atol=2e-5, rtol=1e-5
+        found(0, doc.trained), teacher.read([wanted])[0](0, doc.trained), atol=2e-5, rtol=1e-5
     )
+
+
+def test_a_document_that_is_too_long_with_a_principle_is_refused(teacher):
+    """Where the teacher itself would refuse it, and with the length that is accepted."""
+    tokenizer, texts = tokenizer_of(NO_DEFAULT), {"dry": "w6 w6 w6"}
+    source = Principles(teacher, tokenizer, texts)
+    longest = "w1 " * (128 - 3 - 1)
+    for words, is_refused in ((longest, False), (longest + "w1", True)):
+        doc = encode_text(tokenizer, words)
+        if not is_refused:
+            check_lengths(128, tokenizer, texts, [doc])
+            source.read([doc])
+            continue
+        with pytest.raises(
+            ValueError, match=r"principles\.dry: .* 129 .*--max-tokens of at most 125"
+        ):
+            check_lengths(128, tokenizer, texts, [document(8), doc])
+        with pytest.raises(ValueError, match="texts of 129 tokens"):
+            source.read([doc])
 
 
 def test_invalid_arguments_are_refused(teacher):

@@ -1,11 +1,15 @@
 """References: their rows are the empirical conditional frequencies."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dftserve.targets import references
 from dftserve.targets.document import Document
 from dftserve.targets.references import References
 
@@ -117,3 +121,29 @@ def test_invalid_answers_are_refused():
         source.read([answer([5], [0, 3, 1])])
     with pytest.raises(ValueError, match="its prompt has 0"):
         source.read([answer([4], [0, 3, 1])])
+
+
+def test_prefixes_are_held_only_of_prompts_that_are_read_and_have_two_answers(monkeypatch):
+    """A single answer is its own distribution; of the others, the last few are held."""
+    nodes = []
+
+    class Counted(references.Node):
+        def __init__(self):
+            super().__init__()
+            nodes.append(weakref.ref(self))
+
+    monkeypatch.setattr(references, "Node", Counted)
+    monkeypatch.setattr(references, "TRIES", 2)
+    single = [answer([3, 3, n], [0, 1, 2] * 9, group=f"{n}") for n in range(50)]
+    pairs = [answer([4, n], [0, 1, 2, n % 2], group=f"{n}") for n in range(5) for _ in range(2)]
+    source = References([*single, *pairs], vocabulary=60)
+    for doc, rows in zip(single, source.read(single), strict=True):
+        assert rows(0, 27).argmax(dim=1).tolist() == doc.labels_T.tolist()
+        assert rows(0, 27).amax(dim=1).tolist() == [0.0] * 27
+    assert not nodes
+    source.read(pairs)
+    gc.collect()
+    assert sum(each() is not None for each in nodes) == 2 * 5  # A root and four tokens of each.
+    other = answer([3, 3, 0], [0, 2, 2], group="0")
+    with pytest.raises(ValueError, match=r"the 2 first tokens .* \(its prompt has 1\)"):
+        source.read([other])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from dftserve.cli import main
+from dftserve.targets import run
 from dftserve.targets.document import Document
 from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
@@ -156,8 +158,61 @@ def test_students_of_two_models_are_not_mixed(tmp_path, students, texts, small, 
     assert not (tmp_path / "out").exists()
 
 
+DATED = (
+    "w{{ strftime_now('%d') }} {% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }} <end>{% endgeneration %}"
+    "{% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
+"""A template that writes the day of the month, as one word of the small model."""
+
+
+def on_day(monkeypatch, day):
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 5, day, 12)
+
+    monkeypatch.setattr(run, "datetime", Day)
+
+
+@pytest.mark.parametrize("kind", ["texts", "conversations"])
+def test_students_with_a_dated_template_are_resumed_and_used_on_other_days(
+    tmp_path, monkeypatch, texts, kind
+):
+    model, out = save_model(tmp_path / "model"), tmp_path / "students"
+    (model / "chat_template.jinja").write_text(DATED)
+    corpus = texts if kind == "texts" else save_chats(tmp_path / "chats.jsonl", texts)
+
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    on_day(monkeypatch, 11)
+    with monkeypatch.context() as patched:
+        patched.setattr(cross_fit, "train", interrupted)
+        assert target("students", corpus, model, out, *TRAINING).exit_code != 0
+    assert (out / "fold-0" / "targets").exists()
+    on_day(monkeypatch, 12)
+    result = target("students", corpus, model, out, *TRAINING)
+    assert result.exit_code == 0, result.output
+    on_day(monkeypatch, 13)
+    built = target("build", corpus, model, tmp_path / "out", "--set", f"students={out}")
+    assert built.exit_code == 0, built.output
+    plan = TargetStore(tmp_path / "out").manifest.plan
+    assert plan.corpus["written_at"].startswith("2031-05-11")
+
+
+def save_chats(path, texts):
+    """Each text as a conversation: its first words are the question."""
+    words = [each.read_text().split() for each in sorted(texts.iterdir())]
+    chats = [{"prompt": " ".join(w[:6]), "response": " ".join(w[6:])} for w in words]
+    path.write_text("".join(json.dumps(each) + "\n" for each in chats))
+    return path
+
+
 def test_patience_is_refused_before_texts_are_read(tmp_path, texts, small, monkeypatch):
-    monkeypatch.setattr(cross_fit, "read_documents", lambda *_: pytest.fail("texts are read"))
+    monkeypatch.setattr(
+        cross_fit, "read_documents", lambda *_, **given: pytest.fail("texts are read")
+    )
     result = target("students", texts, small, tmp_path / "out", "--train", "patience=2")
     assert "--train patience: got 2; accepted: none" in result.output
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from dftserve.cli import main
 from dftserve.corpus.prepare import GIVEN_AGAIN
 from dftserve.targets import progress, report, run, store
+from dftserve.targets import recipe as recipes
 from dftserve.targets.document import Document
 from dftserve.targets.estimate import estimate_of
 from dftserve.targets.references import References
@@ -194,6 +196,11 @@ def test_conversations_are_built_and_need_a_chat_template(tmp_path, model):
     assert not (tmp_path / "other").exists()
 
 
+def documents_of(job):
+    recipe = recipes.load(job.recipe, job.values)
+    return read_documents(job, recipe, lambda line: None, written_at=None)
+
+
 def test_references_count_repeated_answers(tmp_path, model):
     """Answers that differ only in case count separately; without references, they are dropped."""
     answers = ["Yes, sure."] * 9 + ["No, never."] + ["yes, sure"] * 2
@@ -203,7 +210,7 @@ def test_references_count_repeated_answers(tmp_path, model):
     job = Job(
         corpus=path, model=model, recipe="conversation", out=tmp_path / "out", heldout=0, seed=0
     )
-    material = read_documents(job, lambda line: None)
+    material = documents_of(job)
     documents = material.documents["train"]
     vocabulary = len(material.tokenizer)
     source = References(documents, vocabulary=vocabulary)
@@ -216,7 +223,7 @@ def test_references_count_repeated_answers(tmp_path, model):
     assert material.corpus["dropped"] == {}
     without = tmp_path / "ngram.yaml"
     without.write_text("corpus: {min_words: 3}\nsource: {ngram: {}}\n")
-    material = read_documents(replace(job, recipe=str(without)), lambda line: None)
+    material = documents_of(replace(job, recipe=str(without)))
     assert len(material.documents["train"]) == 2
 
 
@@ -380,6 +387,54 @@ def test_a_build_by_two_processes_resumes_after_sigint(tmp_path, novels, model):
     assert bytes_of(out) == bytes_of(tmp_path / "one")
 
 
+def processes_of(parent: int) -> list[psutil.Process]:
+    """The workers of a build."""
+    found = psutil.Process(parent).children(recursive=True)
+    return [each for each in found if "spawn_main" in " ".join(each.cmdline())]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_processes_of_a_stopped_build_end(tmp_path, novels, model, number):
+    """Even if it could not end them; the same command continues."""
+    out = tmp_path / "out"
+    flags = ["--model", model, "--recipe", "creative", "--out", str(out), "--processes", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dftserve.cli", "target", "build", str(novels), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(workers := processes_of(process.pid)) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    output = process.communicate()[1]
+    psutil.wait_procs(workers)
+    assert not list(out.glob("*.safetensors*"))
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "the same command starts again" in output
+        assert "Traceback" not in output
+    assert build(novels, model, out).exit_code == 0
+    assert not (out / store.LOCK).exists()
+
+
+def test_a_second_build_in_a_folder_is_refused_while_the_first_runs(
+    tmp_path, novels, model, monkeypatch
+):
+    out, work = tmp_path / "out", run._work
+
+    def with_another(job, prepared, say):
+        monkeypatch.setattr(run, "_prepared", lambda *_: pytest.fail("the corpus is read"))
+        refused(build(novels, model, out), "another build writes to it")
+        work(job, prepared, say)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_work", with_another)
+        assert build(novels, model, out).exit_code == 0
+    monkeypatch.undo()
+    assert "is complete already" in build(novels, model, out).output
+
+
 # Refusals
 
 
@@ -435,7 +490,7 @@ def test_a_full_disk_leaves_no_partial_shard(tmp_path, novels, model, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(store, "_write_shard", full)
         refused(build(novels, model, tmp_path / "out"), "No space left on device")
-    assert list(bytes_of(tmp_path / "out")) == ["plan.json"]
+    assert list(bytes_of(tmp_path / "out")) == ["lock", "plan.json"]
     assert build(novels, model, tmp_path / "out").exit_code == 0
 
 

@@ -141,6 +141,52 @@ code()
 End."""
 
 
+INNER = st.text("ab <>-`~!\n", max_size=12)
+SPANS = {
+    "comments": INNER.filter(lambda t: "-->" not in f"{t}-->"[:-1]).map("<!--{}-->".format),
+    "html": st.one_of(
+        INNER.map("<script x>{}</script >".format), INNER.map("<STYLE>{}</style>".format)
+    ),
+    "code": INNER.filter(lambda t: "```" not in t).map("\n```py\n{}\n  ````\n".format),
+}
+
+
+@pytest.mark.parametrize("strip", SPANS)
+@given(st.data())
+def test_what_is_closed_is_removed_and_all_else_is_kept(strip, data):
+    texts = data.draw(st.lists(st.sampled_from(["one", "two-", "x - y"]), min_size=2))
+    spans = [data.draw(SPANS[strip]) for _ in texts[1:]]
+    content = texts[0] + "".join(
+        f"{span}{text}" for span, text in zip(spans, texts[1:], strict=True)
+    )
+    between = "\n" if strip == "code" else ""
+    assert tidied(content, [strip]) == between.join(texts)
+
+
+@pytest.mark.parametrize(
+    ("strip", "left_open"),
+    [
+        ("comments", "<!-- a\n"),
+        ("html", "&lt;script "),
+        ("html", "<script "),
+        ("html", "<style </script>"),
+        ("code", "```\nx ```y\n"),
+        ("code", "~" * 9 + "x\n"),
+    ],
+)
+def test_what_is_left_open_takes_time_in_proportion(strip, left_open):
+    """In quadratic time each of these would take hours."""
+    content = left_open * 200_000
+    assert tidied(content, [strip])
+    assert tidied(content.replace("\n", ""), [strip])
+
+
+def test_a_fence_is_closed_by_the_next_one_of_its_length():
+    assert tidied("a\n````\n```\nb\n````\nc\n```\nd", ["code"]) == "a\nc\n```\nd"
+    assert tidied("a\n`````\nb\n```\nc", ["code"]) == "a\nc"  # None is as long.
+    assert tidied("a\n```\nb\n~~~\nc", ["code"]) == "a\n```\nb\n~~~\nc"
+
+
 @pytest.mark.parametrize(
     ("strip", "removed", "kept"),
     [

@@ -33,6 +33,10 @@ target build texts --model broken --recipe creativ --out out
 target build texts --model broken --recipe nowhere.yaml --out out
 target build texts --model broken --recipe bad.yaml --out out
 target build texts --model broken --recipe unknown.yaml --out out
+target build texts --model model --recipe served_in_a_mix.yaml --out out
+target build texts --model model --recipe principles_without_texts.yaml --out out
+target build texts --model model --recipe tilt_without_samples.yaml --out out
+target build texts --model model --recipe calibrated --out out --set teacher=m --set students=none
 target build texts --model model --recipe creative --out out --heldout 2
 target build texts --model model --recipe creative --out out --heldout half
 target build texts --model model --recipe creative --out out --processes 0
@@ -97,6 +101,16 @@ def make_files(folder: Path) -> None:
     (folder / "broken" / "manifest.json").write_text("{")
     (folder / "bad.yaml").write_text("a: [")
     (folder / "unknown.yaml").write_text("name: x\nabout: y\nsource: {ngrams: {}}\n")
+    served = "{weight: 1, served: {url: 'http://127.0.0.1:9', model: m}}"
+    (folder / "served_in_a_mix.yaml").write_text(
+        f"source: {{mix: [{served}, {{weight: 1, ngram: {{}}}}]}}\n"
+    )
+    (folder / "principles_without_texts.yaml").write_text(
+        "source: {principles: {teacher: {model: model}, principles: {}}}\n"
+    )
+    (folder / "tilt_without_samples.yaml").write_text(
+        "source: {tilt: {of: {ngram: {}}, phrases: [a thing], samples: nowhere}}\n"
+    )
     (folder / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "fields.jsonl").write_text('{"body": "a"}\n')
