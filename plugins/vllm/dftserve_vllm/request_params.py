@@ -367,11 +367,8 @@ def _refusal(request: Any, params: Any, diversity: spec.Diversity) -> tuple[str,
         return reason, groups.PARAMETER
     if is_greedy(params):
         whose = "" if getattr(request, "temperature", None) is not None else ", the server's own,"
-        message = (
-            f"temperature: got {params.temperature:g}{whose} with {groups.PARAMETER}; accepted: "
-            "above 0, since at 0 all texts are the same."
-        )
-        return (message, "temperature") if diversity.group else None
+        reason = groups.greedy_clash(params.temperature, diversity, whose)
+        return None if reason is None else (reason, "temperature")
     if (reason := too_many_stop_ids(params)) is not None:
         return reason, "stop_token_ids"
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
