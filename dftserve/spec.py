@@ -347,6 +347,22 @@ def parse_json(text: str, parameter: str = "diversity") -> Diversity:
     return parse(value, parameter)
 
 
+def parse_default(text: str, parameter: str = DEFAULT_VARIABLE) -> Diversity:
+    """A server's default diversity, from JSON text.
+
+    Raises:
+        DiversityError: refused by `parse_json`, or it has what only a request can ask for.
+    """
+    diversity = parse_json(text, parameter)
+    if isinstance(diversity.group, Group):
+        accepted = "true, for requests with n > 1; one request's index cannot be a default"
+        raise DiversityError(f"{parameter}.{GROUP}", asdict(diversity.group), accepted)
+    if diversity.trace:
+        accepted = "none: an answer has each token's figures only if its request asks for them"
+        raise DiversityError(f"{parameter}.{TRACE}", True, accepted)
+    return diversity
+
+
 STYLE_BOUNDS: Mapping[str, Bounds] = {
     "strength": Bounds(low=0, high=1),
     "max_kl": Bounds(low=0, high=10),

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache, partial, wraps
 from itertools import islice
 from typing import Any, TypeVar
@@ -40,15 +40,7 @@ def default_diversity() -> spec.Diversity | None:
         DiversityError: the environment variable has an unacceptable value.
     """
     text = os.environ.get(spec.DEFAULT_VARIABLE, "")
-    diversity = spec.parse_json(text, spec.DEFAULT_VARIABLE) if text else None
-    if diversity is not None and isinstance(diversity.group, spec.Group):
-        accepted = "true, for requests with n > 1; one request's index cannot be a default"
-        raise spec.DiversityError(
-            f"{spec.DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
-        )
-    if diversity is not None and diversity.trace:
-        accepted = "none: an answer has each token's figures only if its request asks for them"
-        raise spec.DiversityError(f"{spec.DEFAULT_VARIABLE}.{spec.TRACE}", True, accepted)
+    diversity = spec.parse_default(text) if text else None
     return None if diversity is None or diversity.is_off else diversity
 
 
