@@ -2,7 +2,8 @@
 
 Every value that `spec.parse` accepts is valid. `spec.parse` refuses a few valid values, whose rules
 a schema cannot express: DRY's other fields without `dry_multiplier`; a group's index that is not
-below its size; unprintable Unicode in a group's id other than control characters and line breaks.
+below its size; unprintable Unicode in a group's id other than control characters and line breaks;
+half a surrogate pair in a text, which in some dialects a pattern would also find in whole pairs.
 Standard library only.
 """
 

@@ -44,6 +44,7 @@ from dftserve.spec import (
     STYLES_VARIABLE,
     Diversity,
     Promise,
+    parse_default,
     parse_json,
 )
 
@@ -54,6 +55,7 @@ OF_AN_OPERATOR = (DEFAULT_VARIABLE, policies.VARIABLE)
 """Variables that change every answer. A server of `running`, whose output is measured, does not
 inherit them; it has them only if its caller sets them."""
 FROM_CHECKPOINT = "checkpoint"
+DEFAULT_OPTION = "--default-diversity"
 HOST = "127.0.0.1"
 LOG_LINES = 30
 """How many lines of a failed server's log its error shows."""
@@ -204,8 +206,9 @@ def launch(
             "Give --dtype to choose another."
         )
     if default_diversity is not None:
-        default = _default(model, default_diversity)
-        environment[DEFAULT_VARIABLE] = json.dumps(default.as_dict())
+        default = json.dumps(_default(model, default_diversity).as_dict())
+        parse_default(default, DEFAULT_OPTION)  # As the server will.
+        environment[DEFAULT_VARIABLE] = default
     if policy is not None:
         policies.read(os.fspath(policy))
         environment[policies.VARIABLE] = os.path.abspath(policy)
@@ -244,9 +247,9 @@ def _float32(model: str, flags: Sequence[str], command: str) -> bool:
 
 def _default(model: str, text: str) -> Diversity:
     if text not in (FROM_CHECKPOINT, HUMAN):
-        return parse_json(text, "--default-diversity")
-    wanted = f"--default-diversity {text}"
-    instead = "give a number or an object instead, such as --default-diversity 0.5."
+        return parse_json(text, DEFAULT_OPTION)
+    wanted = f"{DEFAULT_OPTION} {text}"
+    instead = f"give a number or an object instead, such as {DEFAULT_OPTION} 0.5."
     try:
         promise = Promise.read(Path(model))
     except (FileNotFoundError, NotADirectoryError):

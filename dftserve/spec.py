@@ -296,7 +296,20 @@ def _strings(value: object, parameter: str) -> tuple[str, ...]:
     for each in value:
         if not isinstance(each, str) or not 0 < len(each) <= LONGEST_BREAKER:
             raise DiversityError(parameter, each, BREAKERS)
+        _check_unicode(each, parameter)
     return tuple(dict.fromkeys(value))
+
+
+UNICODE = "valid Unicode, without half a surrogate pair"
+
+
+def _check_unicode(text: str, parameter: str) -> None:
+    """Refuses lone surrogates, which JSON escapes can express but UTF-8 cannot, in which vLLM sends
+    a request to its engine."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DiversityError(parameter, text, UNICODE) from None
 
 
 def _group(value: object, parameter: str) -> bool | Group | None:
@@ -332,6 +345,22 @@ def parse_json(text: str, parameter: str = "diversity") -> Diversity:
     except (ValueError, RecursionError):
         raise DiversityError(parameter, text, f"as JSON text, {ACCEPTED}") from None
     return parse(value, parameter)
+
+
+def parse_default(text: str, parameter: str = DEFAULT_VARIABLE) -> Diversity:
+    """A server's default diversity, from JSON text.
+
+    Raises:
+        DiversityError: refused by `parse_json`, or it has what only a request can ask for.
+    """
+    diversity = parse_json(text, parameter)
+    if isinstance(diversity.group, Group):
+        accepted = "true, for requests with n > 1; one request's index cannot be a default"
+        raise DiversityError(f"{parameter}.{GROUP}", asdict(diversity.group), accepted)
+    if diversity.trace:
+        accepted = "none: an answer has each token's figures only if its request asks for them"
+        raise DiversityError(f"{parameter}.{TRACE}", True, accepted)
+    return diversity
 
 
 STYLE_BOUNDS: Mapping[str, Bounds] = {
@@ -388,6 +417,7 @@ def parse_style(value: object, parameter: str = "style") -> Style:
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         accepted = f"the name of a style, of at most {LONGEST_NAME} characters"
         raise DiversityError(f"{parameter}.name", name, accepted)
+    _check_unicode(name, f"{parameter}.name")
     given = {key: value[key] for key in STYLE_BOUNDS if value.get(key) is not None}
     numbers = {
         key: _number(given[key], bounds, f"{parameter}.{key}")

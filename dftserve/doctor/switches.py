@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from dftserve.doctor.entry_points import ENTRY_POINT
 from dftserve.doctor.findings import Finding, error, ok, warning
-from dftserve.spec import DEFAULT_VARIABLE, DiversityError, parse_json
+from dftserve.spec import DEFAULT_VARIABLE, DiversityError, parse_default
 
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -25,6 +25,6 @@ def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def _default(text: str) -> Finding:
     try:
-        return ok(DEFAULT_VARIABLE, json.dumps(parse_json(text, DEFAULT_VARIABLE).as_dict()))
+        return ok(DEFAULT_VARIABLE, json.dumps(parse_default(text).as_dict()))
     except DiversityError as refusal:
         return error(DEFAULT_VARIABLE, str(refusal))

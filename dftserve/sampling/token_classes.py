@@ -59,7 +59,7 @@ class TokenClasses:
 
         Args:
             tokenizer: from `transformers` (fast, or slow with a vocabulary of a known form), from
-                `tokenizers`, or a `tiktoken.Encoding`.
+                `tokenizers`, a `tiktoken.Encoding`, or one that wraps mistral_common's Tekkenizer.
 
         Raises:
             ValueError: its vocabulary is of no known form.
@@ -131,6 +131,8 @@ def token_pieces(tokenizer: Any) -> Pieces:
     """
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return _of_tiktoken(tokenizer)
+    if (tekkenizer := _tekkenizer(tokenizer)) is not None:
+        return _of_tekkenizer(tekkenizer)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     special = frozenset(getattr(tokenizer, "all_special_ids", ()))
     if hasattr(backend, "get_added_tokens_decoder"):
@@ -147,7 +149,7 @@ def token_pieces(tokenizer: Any) -> Pieces:
     if form is None:
         raise ValueError(
             f"tokenizer: got {type(tokenizer).__name__}, whose vocabulary is of no known form; "
-            "accepted: byte-level BPE, SentencePiece, WordPiece, tiktoken."
+            "accepted: byte-level BPE, SentencePiece, WordPiece, tiktoken, Tekken."
         )
     return _pieces(vocabulary, added, special, form)
 
@@ -161,6 +163,28 @@ def _of_tiktoken(encoding: Any) -> Pieces:
         except KeyError:  # Ranks may have gaps.
             pieces.append(None)
     return pieces
+
+
+TEKKENIZER = ("id_to_byte_piece", "num_special_tokens", "n_words")
+"""Attributes that, of mistral_common's tokenizers, only the Tekkenizer has all of."""
+
+
+def _tekkenizer(tokenizer: Any) -> Any:
+    """The Tekkenizer in a tokenizer of mistral_common, or in one of vLLM or `transformers` that
+    wraps it; None if there is none. The wrappers' own vocabularies are decoded text, which does not
+    have the bytes of incomplete characters."""
+    wrapped = getattr(tokenizer, "tokenizer", None)
+    instruct = getattr(wrapped, "instruct_tokenizer", None)
+    for found in (tokenizer, wrapped, getattr(instruct, "tokenizer", None)):
+        if all(hasattr(found, name) for name in TEKKENIZER):
+            return found
+    return None
+
+
+def _of_tekkenizer(tekkenizer: Any) -> Pieces:
+    special = tekkenizer.num_special_tokens  # They have the first ids.
+    others = range(special, tekkenizer.n_words)
+    return [*[None] * special, *map(tekkenizer.id_to_byte_piece, others)]
 
 
 def _form_of_decoder(decoder: Any) -> _Form | None:
@@ -188,10 +212,18 @@ def _form_of_decoder(decoder: Any) -> _Form | None:
     return _Form(byte_fallback="ByteFallback" in kinds, replaced=tuple(replaced))
 
 
+LEAST_MARKED = 1e-3
+"""The share of a vocabulary's tokens that have the marker of its form. Tokens of a text can begin
+with ## by chance, such as Markdown's headings, but these are fewer than one in 10,000."""
+
+
 def _form_of_vocabulary(vocabulary: Mapping[Any, int]) -> _Form | None:
-    """The form whose markers occur in most tokens; None if there are no markers."""
+    """The form whose markers occur in most tokens; None if there are too few markers, or if the
+    bytes of its tokens are lost."""
     if any(isinstance(token, bytes) for token in vocabulary):
         return _Form()
+    if _is_lossy(vocabulary):
+        return None
     counts = {
         _Form(byte_level=True): sum(token[:1] in ("Ġ", "Ċ") for token in vocabulary),
         _Form(byte_fallback=True, replaced=(("▁", " "),)): sum("▁" in t for t in vocabulary),
@@ -199,7 +231,21 @@ def _form_of_vocabulary(vocabulary: Mapping[Any, int]) -> _Form | None:
         _Form(ending="</w>"): sum(token.endswith("</w>") for token in vocabulary),
     }
     form = max(counts, key=lambda form: counts[form])
-    return form if counts[form] else None
+    return form if counts[form] > LEAST_MARKED * len(vocabulary) else None
+
+
+LOST_BYTES = 127
+"""The bytes from 0x80 on are each decoded to U+FFFD, and so a vocabulary of decoded tokens has one
+id for all 128."""
+
+
+def _is_lossy(vocabulary: Mapping[Any, int]) -> bool:
+    """Whether the tokens are spelled as decoded text, in which incomplete characters are U+FFFD.
+
+    U+FFFD alone does not show it, since it may be a token, and neither do ids without a token.
+    """
+    without_token = 1 + max(vocabulary.values(), default=-1) - len(vocabulary)
+    return "\N{REPLACEMENT CHARACTER}" in vocabulary and without_token >= LOST_BYTES
 
 
 def _pieces(

@@ -272,6 +272,11 @@ def test_vllms_own_plug_ins_are_not_reported(site):
         ({"VLLM_USE_RUST_FRONTEND": "0"}, "VLLM_USE_RUST_FRONTEND", None),
         ({"DFTSERVE_DEFAULT_DIVERSITY": "0.5"}, "DFTSERVE_DEFAULT_DIVERSITY", "ok"),
         ({"DFTSERVE_DEFAULT_DIVERSITY": "5"}, "DFTSERVE_DEFAULT_DIVERSITY", "error"),
+        (
+            {"DFTSERVE_DEFAULT_DIVERSITY": '{"level": 1, "trace": true}'},
+            "DFTSERVE_DEFAULT_DIVERSITY",
+            "error",
+        ),
         ({"DFTSERVE_DEFAULT_DIVERSITY": ".5"}, "DFTSERVE_DEFAULT_DIVERSITY", "ok"),
     ],
 )

@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from dftserve.sampling import Controls, Step, control_row
@@ -265,6 +267,31 @@ def test_a_text_that_resumes_with_its_bits_used_is_not_processed():
         group = GroupCodes(1, 1, CPU)
         group.open(0, row_of(0.3, bits=8.0), preempted, produced=3)
         assert not group.draws(np.array([0])).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows_per_request=st.integers(1, 5),
+    bits=st.integers(1, 6),
+    steps=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), max_size=8),
+    later=st.integers(0, 12),
+)
+def test_a_text_resumes_with_the_bits_that_it_has_used(rows_per_request, bits, steps, later):
+    """However many drafts each step had and accepted, how many tokens the engine's sampler has
+    added since, and how often the text was preempted meanwhile. Each token takes one bit."""
+    group = GroupCodes(1, rows_per_request, CPU)
+    group.open(0, row_of(0.3, bits=float(bits)))
+    produced, preempted = 0, None
+    for staged, accepted in steps:
+        if produced >= bits:
+            break
+        rows = min(staged, rows_per_request)
+        draw(group, np.zeros((rows, 2)), step_of([0] * rows, produced, [*range(rows)]))
+        preempted = group.snapshot().read(0)
+        produced += min(accepted, rows)
+    for resumed_at in (produced, produced + later) if produced >= bits else (produced,):
+        group.open(0, row_of(0.3, bits=float(bits)), preempted, resumed_at)
+        assert group.draws(np.array([0])).item() == (produced < bits)
 
 
 def test_all_texts_differ_before_the_engine_samples():

@@ -3,6 +3,8 @@
 schemas show that these values detect a wrong schema.
 """
 
+import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -53,7 +55,7 @@ def around(bounds: Bounds) -> list[float]:
 
 
 def texts(longest: int) -> list[str]:
-    return ["", "a", "é" * longest, "a" * (longest + 1)]
+    return ["", "a", "é" * longest, "a" * (longest + 1), "a\ud800"]
 
 
 ANYTHING = [None, True, "a", "", 0, 1, 0.5, -1, 1e300, [], ["a"], {}]
@@ -122,9 +124,16 @@ def without(content: JSON, key: str) -> JSON:
     return {each: content[each] for each in content if each != key}
 
 
+HALVES = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs."""
+
+
 def is_beyond_a_schema(value: Any) -> bool:
-    """Errors that our schemas do not express: DRY keys without the multiplier; in an otherwise
-    valid group, an index not below the size, or unprintable characters in the id."""
+    """Errors that our schemas do not express: half a surrogate pair; DRY keys without the
+    multiplier; in an otherwise valid group, an index not below the size, or unprintable characters
+    in the id."""
+    if HALVES.search(json.dumps(value, ensure_ascii=False)):
+        return True
     if not isinstance(value, dict):
         return False
     given = {name for name, each in value.items() if each is not None}

@@ -330,11 +330,22 @@ def test_an_invalid_group_is_refused_by_name(configured, group, fields, paramete
     assert message in str(error)
 
 
-def test_an_invalid_group_is_refused_offline():
-    for n, group in ((1, True), (2, MEMBER), (2, {**MEMBER, "index": 9})):
-        params = SamplingParams(n=n, extra_args={"diversity": {"level": 0.5, "group": group}})
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_invalid_group_is_refused_offline(temperature):
+    for n, group in ((1, True), (2, MEMBER), (1, {**MEMBER, "index": 9})):
+        carried = {"diversity": {"level": 0.5, "group": group}}
+        # Set afterwards: vLLM itself refuses n > 1 at temperature 0.
+        params = SamplingParams(temperature=temperature, extra_args=carried)
+        params.n = n
         with pytest.raises(ValueError, match=r"diversity\.group"):
             DiversityProcessor.validate_params(params)
+
+
+def test_a_group_is_refused_at_temperature_0_offline():
+    carried = {"diversity": {"level": 0.5, "group": MEMBER}}
+    DiversityProcessor.validate_params(SamplingParams(extra_args=carried))
+    with pytest.raises(ValueError, match=r"temperature: got 0 with diversity\.group"):
+        DiversityProcessor.validate_params(SamplingParams(temperature=0, extra_args=carried))
 
 
 def test_with_watermarking_only_groups_are_refused(configured, monkeypatch):

@@ -38,8 +38,8 @@ def of_engine(monkeypatch):
     monkeypatch.setattr(styles, "of_engine", lambda vllm_config: STYLES)
 
 
-def params(style=HUMAN, **extra):
-    return SamplingParams(temperature=0.9, extra_args={"style": style, **extra})
+def params(style=HUMAN, temperature=0.9, **extra):
+    return SamplingParams(temperature=temperature, extra_args={"style": style, **extra})
 
 
 def expected_row(logits_V, answer, last, level=0.0):
@@ -225,8 +225,9 @@ def test_an_invalid_style_is_refused_by_name(configured, style, parameter, names
     error = refused(style=style)
     assert error.parameter == parameter
     assert re.search(names, str(error)), error
-    with pytest.raises(ValueError, match=names):
-        DiversityProcessor.validate_params(params(style))
+    for temperature in (0.0, 0.9):
+        with pytest.raises(ValueError, match=names):
+            DiversityProcessor.validate_params(params(style, temperature))
 
 
 def test_contradictory_styles_and_beam_search_are_refused(configured):
@@ -243,6 +244,10 @@ def test_a_law_that_cuts_by_the_whole_row_is_refused_with_a_style(configured, la
     error = refused(style="small", diversity={"law": law, **diversity})
     assert error.parameter == "style"
     assert "gated" in str(error)
+    for temperature in (0.0, 0.9):
+        carried = params("small", temperature, diversity={"law": law, **diversity})
+        with pytest.raises(ValueError, match="gated"):
+            DiversityProcessor.validate_params(carried)
     ask(style={"name": "small", "strength": 0}, diversity={"law": law, **diversity})
 
 

@@ -24,9 +24,9 @@ from tests.vllm_config import config
 V = 50
 
 
-def params(diversity=None, identity=None, **fields):
+def params(diversity=None, identity=None, temperature=1.0, **fields):
     carried = {"diversity": diversity, "diversity_id": identity}
-    return SamplingParams(temperature=1.0, extra_args=carried, **fields)
+    return SamplingParams(temperature=temperature, extra_args=carried, **fields)
 
 
 def v1_with(*requests):
@@ -82,10 +82,32 @@ def test_missing_arguments_are_an_error():
         DiversityProcessor(config())
 
 
-@pytest.mark.parametrize("diversity", [2, "x", {"law": "none"}, {"level": 0.5, "lvl": 1}])
-def test_invalid_extra_args_are_refused_offline(diversity):
+AT_EACH_TEMPERATURE = pytest.mark.parametrize("temperature", [0.0, 1.0])
+
+
+@AT_EACH_TEMPERATURE
+@pytest.mark.parametrize(
+    "diversity",
+    [2, "x", {"law": "none"}, {"level": 0.5, "lvl": 1}, {"level": 0, "group": True}],
+)
+def test_invalid_extra_args_are_refused_offline(diversity, temperature):
     with pytest.raises(ValueError, match="accepted"):
-        DiversityProcessor.validate_params(params(diversity))
+        DiversityProcessor.validate_params(params(diversity, temperature=temperature))
+
+
+@AT_EACH_TEMPERATURE
+@pytest.mark.parametrize("diversity", [None, 0, 0.5, '{"law": "guard", "min_p": 0.1}'])
+def test_valid_extra_args_are_accepted_offline(diversity, temperature):
+    DiversityProcessor.validate_params(params(diversity, temperature=temperature))
+    DiversityProcessor.validate_params(SamplingParams(temperature=temperature))
+
+
+@AT_EACH_TEMPERATURE
+def test_what_the_engine_cannot_honour_is_refused_offline(monkeypatch, temperature):
+    monkeypatch.setattr(engine, "refusal", lambda: "not on this engine")
+    with pytest.raises(ValueError, match="diversity: not on this engine"):
+        DiversityProcessor.validate_params(params(0.5, temperature=temperature))
+    DiversityProcessor.validate_params(params(0, temperature=temperature))
 
 
 def test_a_request_keeps_its_row_when_the_batch_moves():

@@ -148,6 +148,26 @@ def test_an_invalid_default_is_refused_with_its_option(text):
         launch("m", default_diversity=text)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("trace", True), ("group", {"id": "a", "index": 0, "size": 2})]
+)
+def test_what_only_a_request_can_ask_for_is_refused_as_a_default(tmp_path, field, value):
+    """Here, and not only when the server starts."""
+    content = {"level": 0.5, field: value}
+    Promise(recipe="r", diversity=parse(content)).write(tmp_path)
+    for model, text in (("m", json.dumps(content)), (str(tmp_path), "checkpoint")):
+        with pytest.raises(DiversityError, match=rf"--default-diversity\.{field}: got"):
+            launch(model, default_diversity=text)
+
+
+def test_a_default_whose_canonical_json_the_server_refuses_is_refused():
+    """Its escapes make it longer than the text that was given."""
+    content = {"dry_multiplier": 1, "dry_sequence_breakers": [f"{n}" + "é" * 60 for n in range(30)]}
+    text = json.dumps(content, ensure_ascii=False)
+    with pytest.raises(DiversityError, match=r"--default-diversity: got '\d+ characters'"):
+        launch("m", default_diversity=text)
+
+
 def test_a_checkpoint_without_a_default_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a checkpoint folder with a dft\.json"):
         launch("some/model", default_diversity="checkpoint")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +88,29 @@ def test_the_object_form_is_parsed_to_an_equal_value(value):
     diversity = parse(value)
     assert parse(diversity.as_dict()) == diversity
     assert parse_json(json.dumps(diversity.as_dict())) == diversity
+
+
+SURROGATES = st.characters(categories=["Cs"])
+
+
+@given(st.text(st.characters() | SURROGATES, max_size=8))
+def test_an_accepted_text_can_be_sent_to_an_engine(text):
+    """vLLM encodes requests with msgspec, which refuses half a surrogate pair."""
+    values = (
+        {"level": 0.5, "group": {"id": text, "index": 0, "size": 2}},
+        {"dry_multiplier": 1, "dry_sequence_breakers": ["a", text]},
+    )
+    for value in values:
+        for read in (parse, lambda each: parse_json(json.dumps(each))):
+            with contextlib.suppress(DiversityError):
+                msgspec.msgpack.encode(read(value).as_dict())
+
+
+@given(st.text(max_size=4), SURROGATES, st.text(max_size=4))
+def test_half_a_surrogate_pair_is_refused(before, half, after):
+    error = refusal({"dry_multiplier": 1, "dry_sequence_breakers": ["a", before + half + after]})
+    assert error.parameter == "diversity.dry_sequence_breakers"
+    assert str(error).isprintable()
 
 
 @given(accepted)

@@ -3,13 +3,15 @@
 import contextlib
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dftserve.spec import LONGEST_NAME, DiversityError, Style, parse_style, parse_style_json
 
-VALUES = st.text(max_size=8) | st.none() | st.integers() | st.floats() | st.lists(st.text())
+TEXTS = st.text(st.characters() | st.characters(categories=["Cs"]), max_size=8)
+VALUES = TEXTS | st.none() | st.integers() | st.floats() | st.lists(st.text())
 
 
 @given(VALUES)
@@ -20,6 +22,7 @@ def test_nothing_but_a_diversity_error_is_raised(value):
                 style = read(content)
                 assert parse_style(style.as_dict()) == style
                 assert 0 < len(style.name) <= LONGEST_NAME
+                msgspec.msgpack.encode(style.as_dict())  # As vLLM does for its engine.
 
 
 def test_a_style_is_a_name_or_an_object():
@@ -36,6 +39,7 @@ def test_a_style_is_a_name_or_an_object():
         ({"name": "human", "strength": 1.5}, "style.strength: got 1.5; accepted: a number"),
         ({"name": "human", "strength": True}, "style.strength: got True"),
         ({"name": ""}, "style.name: got ''; accepted: the name of a style"),
+        ({"name": "a\ud800"}, r"style.name: got 'a\\ud800'; accepted: valid Unicode"),
         ({"nmae": "human"}, "style.nmae: got 'human'; accepted: name, .*did you mean 'name'"),
         (None, "style: got None; accepted: the name of a style, or an object"),
     ],

@@ -1,11 +1,15 @@
 """Token classes compared with Unicode's word segmentation of the decoded text."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
+import mistral_common
 import numpy as np
 import pytest
 import regex
 import tiktoken
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Mistral
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dftserve.sampling.token_classes import (
@@ -301,6 +305,76 @@ def test_one_vocabulary_is_classified_once():
 def test_a_vocabulary_of_unknown_form_is_refused():
     with pytest.raises(ValueError, match="got object, whose vocabulary is of no known form"):
         TokenClasses.from_tokenizer(object())
+
+
+MISTRAL = Path(mistral_common.__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Mistral:
+    return Mistral.from_file(str(MISTRAL / "tekken_240911.json"))
+
+
+def wrapped_as_by_vllm(mistral: Mistral) -> SimpleNamespace:
+    return SimpleNamespace(tokenizer=mistral.instruct_tokenizer.tokenizer)
+
+
+def wrapped_as_by_transformers(mistral: Mistral) -> SimpleNamespace:
+    return SimpleNamespace(tokenizer=mistral)
+
+
+@pytest.mark.parametrize("wrap", [wrapped_as_by_vllm, wrapped_as_by_transformers])
+def test_a_tekkenizer_is_read_by_its_bytes_however_it_is_wrapped(mistral, wrap):
+    tekkenizer = mistral.instruct_tokenizer.tokenizer
+    wrapped = wrap(mistral)
+    pieces = token_pieces(wrapped)
+    assert len(pieces) == tekkenizer.n_words
+    assert {i for i, piece in enumerate(pieces) if piece is None} == tekkenizer.special_ids
+    (ing,) = tekkenizer.encode("ing", bos=False, eos=False)
+    classes = TokenClasses.from_tokenizer(wrapped)
+    assert pieces[ing] == b"ing"
+    assert classes.classes_after(IN_WORD)[ing] == INSIDE
+    text = "Whoever spells 🎻, 漢字 or naïveté gets them back."
+    ids = tekkenizer.encode(text, bos=False, eos=False)
+    assert b"".join(pieces[i] or b"" for i in ids).decode() == text
+
+
+def test_a_sentencepiece_tokenizer_of_mistral_is_read_by_its_spelling():
+    inner = Mistral.from_file(str(MISTRAL / "tokenizer.model.v1")).instruct_tokenizer.tokenizer
+    vocabulary = {inner.id_to_piece(i): i for i in range(inner.n_words)}
+    assert "�" in vocabulary, "else it would not test that a vocabulary may have the character"
+    special = [i for i in range(inner.n_words) if inner.is_special(i)]
+    pieces = token_pieces(
+        SimpleNamespace(tokenizer=inner, get_vocab=lambda: vocabulary, all_special_ids=special)
+    )
+    ids = inner.encode("Whoever spells 🎻 gets it back.", bos=False, eos=False)
+    assert b"".join(pieces[i] or b"" for i in ids) == " Whoever spells 🎻 gets it back.".encode()
+
+
+@pytest.mark.parametrize("extra", [(), (b"#", b"##", b"###"), (b"</w>",), (b"\xe2\x96\x81",)])
+def test_a_vocabulary_of_decoded_text_is_refused(extra):
+    """Its tokens' bytes are lost. KimiAudio's tokenizer in vLLM is one."""
+    pieces = [piece for piece in token_pieces(byte_level_bpe()) if piece]
+    decoded = {piece.decode("utf-8", "replace"): i for i, piece in enumerate((*pieces, *extra))}
+    with pytest.raises(ValueError, match="of no known form"):
+        token_pieces(SimpleNamespace(get_vocab=lambda: decoded))
+
+
+def test_a_marker_that_few_tokens_have_is_text():
+    words = {f"word{n}": n for n in range(10_000)}
+    headings = {"#" * n: 10_000 + n for n in range(1, 9)}
+    with pytest.raises(ValueError, match="of no known form"):
+        token_pieces(SimpleNamespace(get_vocab=lambda: words | headings))
+
+
+def test_the_marker_that_most_tokens_have_decides_the_form():
+    for make, of in ((byte_level_bpe, "Ġ"), (unigram, "▁"), (word_piece, "##")):
+        tokenizer = make()
+        vocabulary = tokenizer.get_vocab()
+        assert any(of in token for token in vocabulary)
+        added = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+        slow = SimpleNamespace(get_vocab=vocabulary.copy, all_special_ids=added)
+        assert token_pieces(slow) == token_pieces(tokenizer)
 
 
 def test_a_fourth_class_is_refused():

@@ -39,6 +39,7 @@ from dftserve.sampling.style.strength import STEPS
 from dftserve.sampling.style.tables import StyleTables
 
 _LOWEST = float(np.finfo(np.float32).min)
+_TINY = 1e-30
 
 LISTED = 16
 """The lists of all rows together have room for one in `LISTED` tokens. A row whose list does not
@@ -321,7 +322,8 @@ def _restyle_row(
 
         # 3. The tilt.
         base_K = below_K[:count]
-        reached = _largest_strength(base_K, delta_K, z_once, strength, allowance / share)
+        within = allowance / max(share, _TINY)  # The share is 0 far below a stop token.
+        reached = _largest_strength(base_K, delta_K, z_once, strength, within)
         tilt_kl, log_rise = _divergence(base_K, delta_K, z_once, reached)
         shift = math.log(z_once / z) + log_rise
         for k in range(count):

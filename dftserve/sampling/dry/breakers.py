@@ -69,7 +69,7 @@ class Breakers:
     def _packed(self, text: str) -> NDArray[np.uint8]:
         """The breakers of one string, one bit per token."""
         breaks_V = np.zeros(len(self._special_V), bool)
-        found_K = self._containing(text.encode("utf-8", "surrogatepass"))
+        found_K = self._containing(text.encode())
         if not len(found_K):
             found_K = np.array(self._encode(text)[-1:], np.int64)
         breaks_V[found_K[found_K < len(breaks_V)]] = True

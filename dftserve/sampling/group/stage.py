@@ -86,7 +86,11 @@ class GroupCodes:
         code, used = (row.code, 0.0) if produced == 0 else (0.0, math.inf)
         if produced and resumed is not None:
             accepted = min(max(produced - int(resumed[TOKENS]), 0), self._rows_per_request)
-            code, used = resumed[CODES:].reshape(-1, PAIR)[accepted]
+            codes_KP = resumed[CODES:].reshape(-1, PAIR)[: 1 + accepted]
+            # Once the bits are used up no rows are staged any more, and so the pairs beyond are of
+            # earlier steps, or of none.
+            if (codes_KP[:, USED] < row.bits).all():
+                code, used = codes_KP[-1]
         self.close(slot)
         if used < row.bits:
             own = (row.bits, row.scale, row.top_k, row.top_p, row.min_p)

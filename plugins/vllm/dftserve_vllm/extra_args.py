@@ -131,6 +131,24 @@ def too_many_stop_ids(params: "SamplingParams") -> str | None:
     )
 
 
+def asked(
+    params: "SamplingParams", styles: Styles = NONE
+) -> tuple[spec.Diversity, spec.Style | None]:
+    """The diversity that a request carries, `OFF` without one, and the style, with its profile's
+    numbers.
+
+    Raises:
+        ValueError: one of them is not acceptable, or cannot be honoured with the other or with n.
+    """
+    carried: Mapping[str, Any] = params.extra_args or {}
+    given, named = carried.get(DIVERSITY), carried.get(STYLE)
+    diversity = OFF if given is None else parse_field(given)
+    style = None if named is None else styles.completed(parse_style_field(named))
+    if (reason := clash(diversity, style) or groups.clash(params.n, diversity)) is not None:
+        raise ValueError(reason)
+    return diversity, style
+
+
 def active(
     params: "SamplingParams",
     *,
@@ -149,18 +167,13 @@ def active(
     Raises:
         ValueError: what the request carries is not acceptable, or cannot be honoured here.
     """
-    carried: Mapping[str, Any] = params.extra_args or {}
     if is_greedy(params):
         return None
-    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
-    diversity = OFF if asked is None else parse_field(asked)
-    style = None if named is None else styles.completed(parse_style_field(named))
+    diversity, style = asked(params, styles)
     if style is not None and style.is_off:
         style = None
     if diversity.is_off and style is None:
         return None
-    if (reason := clash(diversity, style) or groups.clash(params.n, diversity)) is not None:
-        raise ValueError(reason)
     stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
     controls = control_row(
         diversity,
@@ -173,7 +186,7 @@ def active(
     return Active(
         diversity,
         controls,
-        carried.get(IDENTITY),
+        (params.extra_args or {}).get(IDENTITY),
         reports_each_step=bool(params.stop) or diversity.trace,
         group=groups.group_row(diversity, params, temperature_applied=temperature_applied),
     )

@@ -48,6 +48,20 @@ def clash(n: int, diversity: spec.Diversity) -> str | None:
     return None
 
 
+def greedy_clash(temperature: float, diversity: spec.Diversity, whose: str = "") -> str | None:
+    """Why a greedy request is not compatible with its group, or None.
+
+    Args:
+        whose: follows the temperature in the message.
+    """
+    if not diversity.group:
+        return None
+    return (
+        f"temperature: got {temperature:g}{whose} with {PARAMETER}; accepted: above 0, since at 0 "
+        "all texts are the same."
+    )
+
+
 def of_choice(
     diversity: spec.Diversity, index: int, size: int, seed: int | None, request_id: str
 ) -> dict[str, Any]:

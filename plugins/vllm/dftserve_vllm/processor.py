@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 
-from dftserve_vllm import engine, is_disabled, policy
-from dftserve_vllm.extra_args import active, too_many_stop_ids
+from dftserve_vllm import engine, groups, is_disabled, policy
+from dftserve_vllm.extra_args import active, asked, is_greedy, too_many_stop_ids
+from dftserve_vllm.styles import Styles
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Base
@@ -56,8 +57,8 @@ class DiversityProcessor(*_BASES):
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Refuse a wrong `extra_args["diversity"]` or `["style"]`; the only check under offline
-        `LLM()`.
+        """Refuse a wrong `extra_args["diversity"]` or `["style"]`, at temperature 0 too, where they
+        would change nothing; the only check under offline `LLM()`.
 
         Raises:
             ValueError: one of them is not acceptable, or this engine cannot honour it.
@@ -65,13 +66,29 @@ class DiversityProcessor(*_BASES):
         if is_disabled():
             return
         policy.check_carried(sampling_params)
-        asked = active(sampling_params, temperature_applied=False, styles=engine.styles())
-        if asked is None:
-            return
-        if (reason := too_many_stop_ids(sampling_params)) is not None:
+        styles = engine.styles()
+        diversity, style = asked(sampling_params, styles)
+        if style is not None and (reason := styles.refusal_of(style)) is not None:
             raise ValueError(reason)
-        if reason := engine.refusal_of(asked.diversity):
+        if is_greedy(sampling_params):
+            reason = groups.greedy_clash(sampling_params.temperature, diversity)
+        else:
+            reason = _refusal_of_sampling(sampling_params, styles)
+        if reason is not None:
+            raise ValueError(reason)
+        is_off = diversity.is_off and (style is None or style.is_off)
+        if not is_off and (reason := engine.refusal_of(diversity)) is not None:
             raise ValueError(f"diversity: {reason}")
+
+
+def _refusal_of_sampling(params: "SamplingParams", styles: Styles) -> str | None:
+    """Why a request that samples cannot be honoured, or None.
+
+    Raises:
+        ValueError: the workers could not read it.
+    """
+    is_active = active(params, temperature_applied=False, styles=styles) is not None
+    return too_many_stop_ids(params) if is_active else None
 
 
 def _runner_base(given: tuple[Any, ...]) -> type:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache, partial, wraps
 from itertools import islice
 from typing import Any, TypeVar
@@ -40,15 +40,7 @@ def default_diversity() -> spec.Diversity | None:
         DiversityError: the environment variable has an unacceptable value.
     """
     text = os.environ.get(spec.DEFAULT_VARIABLE, "")
-    diversity = spec.parse_json(text, spec.DEFAULT_VARIABLE) if text else None
-    if diversity is not None and isinstance(diversity.group, spec.Group):
-        accepted = "true, for requests with n > 1; one request's index cannot be a default"
-        raise spec.DiversityError(
-            f"{spec.DEFAULT_VARIABLE}.{spec.GROUP}", asdict(diversity.group), accepted
-        )
-    if diversity is not None and diversity.trace:
-        accepted = "none: an answer has each token's figures only if its request asks for them"
-        raise spec.DiversityError(f"{spec.DEFAULT_VARIABLE}.{spec.TRACE}", True, accepted)
+    diversity = spec.parse_default(text) if text else None
     return None if diversity is None or diversity.is_off else diversity
 
 
@@ -367,11 +359,8 @@ def _refusal(request: Any, params: Any, diversity: spec.Diversity) -> tuple[str,
         return reason, groups.PARAMETER
     if is_greedy(params):
         whose = "" if getattr(request, "temperature", None) is not None else ", the server's own,"
-        message = (
-            f"temperature: got {params.temperature:g}{whose} with {groups.PARAMETER}; accepted: "
-            "above 0, since at 0 all texts are the same."
-        )
-        return (message, "temperature") if diversity.group else None
+        reason = groups.greedy_clash(params.temperature, diversity, whose)
+        return None if reason is None else (reason, "temperature")
     if (reason := too_many_stop_ids(params)) is not None:
         return reason, "stop_token_ids"
     if params.min_p > 0 and "min_p" not in spec.LAWS[diversity.law]:
