@@ -1,6 +1,7 @@
 """The host cost of a step does not grow with its rows: Python executes as many instructions, and
 torch as many operations, for 256 rows as for two."""
 
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -59,11 +60,13 @@ def work_of(step, end_step):
         instructions += event == "opcode"
         return trace
 
+    gc.disable()  # A collection would run the callbacks of other packages, such as hypothesis's.
     sys.settrace(trace)
     try:
         step()
     finally:
         sys.settrace(former)
+        gc.enable()
     end_step()
     with Operations() as operations:
         step()
