@@ -43,7 +43,7 @@ def test_the_example_recipe_can_be_loaded(tmp_path):
     with_teacher = recipe.load(str(path), {"teacher": "base"})
     assert [set(part) for part in with_teacher.source["mix"]] == [
         {"weight", "ngram"},
-        {"weight", "when", "teacher"},
+        {"weight", "teacher"},
     ]
     alone = recipe.load(str(path))
     assert [part["ngram"]["order"] for part in alone.source["mix"]] == [5]
