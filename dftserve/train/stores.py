@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,12 @@ from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.limits import LARGEST_KEPT
 from dftserve.targets.store import MANIFEST, TargetStore
+from dftserve.train import processes
 from dftserve.train.config import TrainConfig
 from dftserve.train.divergences import DIVERGENCES
+
+MOST_SHARED = 0.01
+"""The share of a store's held-out documents that another store may train on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,25 +115,34 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
 
 def _check_splits(stores: Sequence[TargetStore]) -> None:
     """Refuse stores of which one trains on documents that another holds out: figures on held-out
-    text would be measured on text that is learnt."""
-    holders: dict[bytes, set[Path]] = {}
-    for store in stores:
-        for digest in store.token_digests("heldout"):
-            holders.setdefault(digest, set()).add(store.folder)
-    if not holders:
+    text would be measured on text that is learnt. A few, as short texts may be equal by chance, are
+    reported instead."""
+    held_out = {store.folder: frozenset(store.token_digests("heldout")) for store in stores}
+    if not any(held_out.values()):
         return
-    learnt = Counter(
-        (held, store.folder)
-        for store in stores
-        for digest in store.token_digests("train")
-        for held in holders.get(digest, set()) - {store.folder}
-    )
-    for (held, trained), count in learnt.items():
-        raise ValueError(
-            f"targets: {trained} trains on {count:,} documents that {held} holds out; accepted: "
-            "stores that hold out the same texts. Build both with the same corpus, --heldout and "
-            "--seed, or one with the texts that the other holds out as --heldout-from."
-        )
+    for trained in stores:
+        shared: dict[Path, set[bytes]] = {
+            each: set() for each in held_out if each != trained.folder
+        }
+        for digest in trained.token_digests("train"):
+            for folder, digests in shared.items():
+                if digest in held_out[folder]:
+                    digests.add(digest)
+        for folder, digests in shared.items():
+            if not digests:
+                continue
+            found = (
+                f"targets: {trained.folder} trains on {len(digests):,} of the documents that "
+                f"{folder} holds out"
+            )
+            if len(digests) <= MOST_SHARED * len(held_out[folder]):
+                processes.say(f"{found}; figures on held-out text include them.")
+                continue
+            raise ValueError(
+                f"{found}; accepted: stores that hold out the same texts. Build both with the same "
+                "corpus, --heldout and --seed, or one with the texts that the other holds out as "
+                "--heldout-from."
+            )
 
 
 def store_names(paths: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from dftserve.train.plan import plan_of
 from dftserve.train.prepare import make_trainer, prepare
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
-from dftserve.train.stores import store_names
+from dftserve.train.stores import _check_splits, store_names
 from dftserve.train.target_weight import differs
 from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, save_texts, tokenizer
 
@@ -613,6 +614,30 @@ def test_stores_of_one_corpus_must_hold_out_the_same_texts(run, tmp_path, order)
         read(replace(run, targets=(small, large)[::order]))
     for accepted in [(small, other), (small, *run.stores)]:
         assert read(replace(run, targets=accepted[::order])).stores
+
+
+@pytest.mark.parametrize("shared", [0, 2, 3])
+def test_a_few_equal_texts_do_not_refuse_stores(capsys, shared):
+    """Two of 200 may be equal by chance; three are more than 1 %."""
+    parts = {
+        "first": {"train": range(shared), "heldout": range(500, 600)},
+        "second": {"train": range(300, 400), "heldout": range(200)},
+    }
+    stores: list[Any] = [
+        SimpleNamespace(
+            folder=Path(name),
+            token_digests=lambda split, part=part: (
+                bytes([i % 256, i // 256]) for i in part[split]
+            ),
+        )
+        for name, part in parts.items()
+    ]
+    if shared > 2:
+        with pytest.raises(ValueError, match="first trains on 3 of the documents that second"):
+            _check_splits(stores)
+    else:
+        _check_splits(stores)
+    assert ("figures on held-out text include them" in capsys.readouterr().err) == (shared == 2)
 
 
 @pytest.mark.parametrize("packing", [True, False])
