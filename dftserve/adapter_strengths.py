@@ -11,10 +11,11 @@ from typing import Any
 
 from dftserve import atomic
 from dftserve.bounded_files import FileError, chunks, inner_path, open_file, read_json
+from dftserve.model_folder import ADAPTER_CONFIG as CONFIG
 from dftserve.model_folder import LARGEST_WEIGHTS
 from dftserve.spec import Bounds
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 LARGEST_CONFIG = 1 << 20
 MOST_STRENGTHS = 32
 STRENGTHS = Bounds(low=0, high=1, low_included=False)

@@ -6,13 +6,21 @@ library only.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
 """Suffix of a file or folder while it is being written. One left over from a killed process is
 replaced by the next write."""
+
+
+def has_only(folder: Path, names: Collection[str]) -> bool:
+    """Whether a folder has no entries but these, such as what a killed process left; True if it
+    does not exist, False if it is a file."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.name in names for path in folder.iterdir())
 
 
 def write_text(path: Path, text: str) -> None:

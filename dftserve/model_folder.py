@@ -24,6 +24,7 @@ LARGEST_TEXT = 256 << 20
 LARGEST_WEIGHTS = 1 << 40
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHERWISE = (
     "accepted: a causal language model saved by save_pretrained() in safetensors. Convert other "

@@ -28,6 +28,7 @@ from dftserve.gguf import resolve
 from dftserve.hub import WEIGHTS_TOO, folder_of, weights_digest
 from dftserve.model_config import positions_of
 from dftserve.model_folder import (
+    ADAPTER_CONFIG,
     CONFIG,
     INDEX,
     LARGEST_TEXT,
@@ -37,7 +38,6 @@ from dftserve.model_folder import (
     weight_files,
 )
 
-ADAPTER = "adapter_config.json"
 WIDE = (torch.float32, torch.float64)
 NAMED = 5
 """Number of weights that an error lists by name; the rest are counted."""
@@ -107,10 +107,10 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
         raise ValueError(
             f"model: {model} has no {CONFIG}; accepted: a folder that save_pretrained() wrote."
         )
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
-            f"model: {model} has an {ADAPTER}, and transformers would add that adapter to the "
-            "model's weights; accepted: a model alone. Merge the adapter into it, or move the "
+            f"model: {model} has an {ADAPTER_CONFIG}, and transformers would add that adapter to "
+            "the model's weights; accepted: a model alone. Merge the adapter into it, or move the "
             "adapter's files to another folder."
         )
     content = read_json(folder / CONFIG, within=folder, largest=LARGEST_TEXT, finite=False)

@@ -256,30 +256,23 @@ class _Given:
 def teacher_models(recipe: Recipe) -> Iterator[str]:
     """Folders or names of all models that a recipe's sources load, including those of
     principles."""
-    for given in _mappings(recipe.source):
-        teacher = given.get("teacher")
-        if isinstance(teacher, Mapping) and "model" in teacher:
-            yield str(teacher["model"])
+    waiting: list[Any] = [recipe.source]
+    while waiting:
+        given = waiting.pop()
+        if isinstance(given, Mapping):
+            teacher = given.get("teacher")
+            if isinstance(teacher, Mapping) and "model" in teacher:
+                yield str(teacher["model"])
+            waiting += given.values()
+        elif isinstance(given, list | tuple):
+            waiting += given
 
 
 def students(recipe: Recipe) -> Iterator[str]:
     """The folders of cross-fitted students that a recipe's sources load."""
-    for given in _mappings(recipe.source):
-        calibrated = given.get("calibrated")
-        if isinstance(calibrated, Mapping) and calibrated.get("students") is not None:
-            yield str(calibrated["students"])
-
-
-def _mappings(given: Any) -> Iterator[Mapping[str, Any]]:
-    """All mappings in a source, at any depth."""
-    waiting = [given]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, Mapping):
-            yield each
-            waiting += each.values()
-        elif isinstance(each, list | tuple):
-            waiting += each
+    for each in _loaded(recipe.source):
+        if isinstance(each, _Calibrated) and each.students is not None:
+            yield each.students
 
 
 def counts_answers(recipe: Recipe) -> bool:

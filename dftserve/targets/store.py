@@ -341,11 +341,8 @@ def begun(folder: Path) -> Mapping[str, Any]:
     for path in (folder / MANIFEST, folder / PLAN):
         if path.exists():
             return _plan_in(folder, path)
-    if not folder.exists():
-        return {}
     # A killed process may have left a partially written plan, and the lock.
-    ours = {PLAN + atomic.PARTIAL, LOCK}
-    if not folder.is_dir() or any(path.name not in ours for path in folder.iterdir()):
+    if not atomic.has_only(folder, {PLAN + atomic.PARTIAL, LOCK}):
         raise StoreError(f"{folder} is neither empty nor a target store; choose another folder.")
     return {}
 

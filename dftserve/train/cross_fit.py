@@ -117,15 +117,10 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
 def _begun(folder: Path) -> CrossFitted | None:
     """The students in a folder, refused before the corpus is read if it holds something else."""
     found = CrossFitted.begun(folder)
-    if found is None and folder.exists() and not _is_empty(folder):
+    # A killed process may have left partially written metadata.
+    if found is None and not atomic.has_only(folder, {STUDENTS_FILE + atomic.PARTIAL}):
         raise ValueError(f"{folder} is neither empty nor a folder of students; choose another.")
     return found
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing is in it but what a process left that was killed while it began."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    return names <= {STUDENTS_FILE + atomic.PARTIAL}
 
 
 def _begin(folder: Path, was: CrossFitted | None, wanted: CrossFitted) -> None:

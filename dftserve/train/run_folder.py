@@ -165,14 +165,14 @@ class RunFolder:
 
     def _is_begun(self) -> bool:
         """Whether the folder contains this run; False if it is empty."""
-        # List the names first: another process of this run may write the settings meanwhile.
-        names = {p.name for p in self._folder.iterdir()} if self._folder.exists() else set()
+        # Before reading: another process of this run may write the settings meanwhile. A killed
+        # process may have left a partial settings file, and the lock.
+        is_empty = atomic.has_only(self._folder, {SETTINGS + atomic.PARTIAL, LOCK})
         found = read_object(self._folder / SETTINGS)
         if found is not None:
             _refuse_another(self._folder, found, _settings(self._config))
             return True
-        # A killed process may have left a partial settings file, and the lock.
-        if names - {SETTINGS + atomic.PARTIAL, LOCK}:
+        if not is_empty:
             raise ValueError(f"{self._folder} is neither empty nor a run; choose another output.")
         return False
 
