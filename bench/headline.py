@@ -7,8 +7,9 @@
         [--base-answers bench/results/texts/real_answers.jsonl.gz]
 
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
-(bench/real_answers.py) without the field at T 1, and with the law `words` at .25, the setting that
-bench/laws.py found best for a tuned model. With `--base-answers`, the base model makes no new ones.
+(bench/real_answers.py) without the field at T 1 and at T .85, and with the law `words` at .25. The
+last two are the settings that bench/laws.py found best for a tuned model, of stock vLLM's and of
+ours. With `--base-answers`, the base model makes no new ones.
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
                 bench/real.py, next to stories by people to prompts that none was tuned on
     IFEval      the share of prompts all of whose instructions are followed
@@ -41,6 +42,7 @@ from real import PEOPLE, RESULTS, Checks, by_setting, rounded, texts_of
 from real_answers import (
     IFEVAL,
     MMLU,
+    SLIGHTLY_COOL,
     STOCK,
     STORIES,
     WORDS_QUARTER,
@@ -69,6 +71,7 @@ from provenance import machine, versions
 ROOT = Path(__file__).parents[1]
 ASKED: Mapping[str, Sequence[str]] = {
     STOCK: (STORIES, IFEVAL, MMLU),
+    SLIGHTLY_COOL: (STORIES, IFEVAL, MMLU),
     WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
 }
 """Prompt sets by setting; each setting has its own engine."""

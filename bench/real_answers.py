@@ -32,6 +32,7 @@ from dftserve.evaluate.generate.answers import AnswerStore, read
 
 STOCK = "stock, T 1"
 COOL = "stock, T .7"
+SLIGHTLY_COOL = "stock, T .85"
 GATED = "`gated` 1"
 WORDS = "`words` 1"
 WORDS_QUARTER = "`words` .25"
@@ -51,6 +52,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     GATED: {"diversity": {"law": "gated", "level": 1}},
     MIN_P: {"min_p": 0.02, "temperature": 1.3},
     COOL: {"temperature": 0.7},
+    SLIGHTLY_COOL: {"temperature": 0.85},
     "`words` .5": {"diversity": {"law": "words", "level": 0.5}},
     "`gated` .5": {"diversity": {"law": "gated", "level": 0.5}},
     "stock, T .2": {"temperature": 0.2},
@@ -113,7 +115,7 @@ COMPARED = (WORDS, GATED, MIN_P, STOCK)
 """The settings of most sets."""
 HALF = ("`words` .5", "`gated` .5")
 IN_FORMS = (WORDS, GATED, STOCK, COOL)
-IN_TASKS = (*COMPARED, COOL, WORDS_QUARTER)
+IN_TASKS = (*COMPARED, COOL, SLIGHTLY_COOL, WORDS_QUARTER)
 """Settings of the sets whose answers are right or wrong."""
 MMLU_QUESTIONS = 300
 
