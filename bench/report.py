@@ -269,6 +269,25 @@ def variety(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prompted(document: dict[str, Any]) -> str:
+    """How many answers have the form that each prompt for variety asks for, by setting."""
+    followed = document["followed"]
+    settings = list(dict.fromkeys(name.partition(", ")[2] for name in followed))
+    ways = {"verbalised": "verbalised sampling", "seed": "string seed of thought"}
+    lines = [f"| answers in the form asked for | {' | '.join(settings)} |"]
+    lines.append(f"|---|{'---|' * len(settings)}")
+    for way, label in ways.items():
+        cells = [percent(followed[f"{way}, {setting}"]) for setting in settings]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines.append("")
+    lines.append(
+        f"`bench/prompted.py`: SmolLM2-135M-Instruct, one answer of at most "
+        f"{document['max_tokens']} tokens to each of {document['prompts']} prompts of "
+        "NoveltyBench within each prompt; 95 % intervals."
+    )
+    return "\n".join(lines)
+
+
 def forms(document: dict[str, Any]) -> str:
     """Shares of answers that keep a form or language, by setting."""
     named = list(document["tasks"])
@@ -603,6 +622,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sds_validation": sds_validation,
     "clients": client_table.table,
     "variety": variety,
+    "prompted": prompted,
     "headline": headline_table.models,
     "headline_targets": headline_table.targets,
     "forms": forms,
