@@ -288,6 +288,32 @@ def prompted(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def long_texts(document: dict[str, Any]) -> str:
+    """The first and the last fifth of long texts, and the change between them, by setting."""
+    measured = {
+        "errors": ("errors", 2),
+        "unknown words": ("unknown", 2),
+        "repeated": ("repeated", 3),
+    }
+    columns = [f"{name}: {part}" for name in measured for part in ("first", "last", "change")]
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for setting, row in document["rows"].items():
+        cells = [
+            interval(row[part][key], digits)
+            for key, digits in measured.values()
+            for part in ("1", "5", "change")
+        ]
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    lines.append("")
+    lines.append(
+        f"`bench/long_texts.py`: SmolLM2-135M-Instruct, one text of exactly {document['tokens']:,} "
+        f"tokens to each of {document['prompts']} story prompts; first and last fifth of each "
+        "text. Errors and unknown words per 100 words; repeated: the share of runs of four words "
+        "that occur earlier in the same text; 95 % intervals."
+    )
+    return "\n".join(lines)
+
+
 def forms(document: dict[str, Any]) -> str:
     """Shares of answers that keep a form or language, by setting."""
     named = list(document["tasks"])
@@ -623,6 +649,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "clients": client_table.table,
     "variety": variety,
     "prompted": prompted,
+    "long_texts": long_texts,
     "headline": headline_table.models,
     "headline_targets": headline_table.targets,
     "forms": forms,

@@ -57,9 +57,13 @@ def marks(text: str, linter: Any) -> Iterator[Any]:
             yield mark
 
 
+def is_unknown(mark: Any) -> bool:
+    """Whether a mark is that of an unknown word."""
+    word = mark.problem_text
+    return mark.lint_kind == "Spelling" and len(word) >= SHORTEST and word.islower()
+
+
 def check(text: str, linter: Any) -> Checked:
     """The counts of a text; `linter` is the result of `linter()`."""
     found = list(marks(text, linter))
-    spelled = [mark.problem_text for mark in found if mark.lint_kind == "Spelling"]
-    unknown = [word for word in spelled if len(word) >= SHORTEST and word.islower()]
-    return Checked(len(words(text)), len(found), len(unknown))
+    return Checked(len(words(text)), len(found), sum(map(is_unknown, found)))
