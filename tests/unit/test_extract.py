@@ -4,6 +4,7 @@ DFTSERVE_DATA."""
 import json
 import os
 import string
+import time
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,30 @@ def test_no_text_makes_extraction_fail(text):
 @pytest.mark.parametrize("answer", ["(" * 5000, "```python\n" + "[" * 5000, "x = 1 +\n" * 5000])
 def test_hostile_texts_are_unreadable_without_an_error(answer):
     assert extract.code(answer, "add", "def add(a, b):\n") is None
+
+
+LOOPS = [
+    "1,",
+    "1.5.",
+    "1/",
+    "√1",
+    "1,000,",
+    "}\n",
+    "_\n",
+    "*\n\n",
+    "% \n",
+    "```\n",
+    "The answer is 1. ",
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("read", [extract.number, extract.choice, extract.refuses])
+def test_the_time_is_linear_in_a_text_that_repeats_itself(read, loop):
+    """In CPU seconds; quadratic patterns take tens for 16,000 characters, some 4,000 tokens."""
+    spent = {}
+    for size in (4_000, 16_000):
+        start = time.process_time()
+        read(loop * (size // len(loop)))
+        spent[size] = time.process_time() - start
+    assert spent[16_000] < 1 + 6 * spent[4_000], spent

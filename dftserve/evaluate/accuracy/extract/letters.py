@@ -166,12 +166,14 @@ def _plain(answer: str) -> str:
     while (simpler := LATEX_TEXT.sub(r"\1", text)) != text:
         text = simpler
     text = _HTML.sub("", _ROLE.sub("", html.unescape(text)))
-    return _MARKUP.sub("", STRUCK.sub("", text))
+    return without_runs(_MARKUP.sub("", STRUCK.sub("", text)))
 
 
 def without_runs(text: str) -> str:
-    """Shorten runs of one punctuation mark or blank to ten: patterns are slow on long runs."""
-    return re.sub(r"([^\w])\1{10,}", lambda run: run[0][:10], text)
+    """Shorten runs of one punctuation mark or blank to ten, and of several to 200, since patterns
+    are slow on long runs."""
+    text = re.sub(r"([^\w])\1{10,}", lambda run: run[0][:10], text)
+    return re.sub(r"\W{201,}", lambda run: run[0][:100] + run[0][-100:], text)
 
 
 def _last_letter(text: str, letters: str) -> str | None:

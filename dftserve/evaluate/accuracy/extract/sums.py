@@ -93,8 +93,9 @@ def with_plain_values(text: str) -> str:
         text,
     )
     text = re.sub(r"(?<![\w.,])(\d+(?:\.\d+)?)[eE]\+?(-?\d+)\b", _scientific, text)
-    text = re.sub(r"\d[\d.,]*\s?\^\S*", UNKNOWN, text)
-    text = re.sub(r"-?\d[\d.,/]*\s?(?:π|\\pi\b)", UNKNOWN, text)
+    # Bounded, as the time would be quadratic in the length of `1,1,1,…`.
+    text = re.sub(rf"\d[\d.,]{{0,{MOST_DIGITS}}}\s?\^\S*", UNKNOWN, text)
+    text = re.sub(rf"-?\d[\d.,/]{{0,{MOST_DIGITS}}}\s?(?:π|\\pi\b)", UNKNOWN, text)
     text = re.sub(r"(?<![\d.,])\d+(?:,\d{1,2})+(?![\d,]|\.\d)", UNKNOWN, text)
     # Of a time after `####` only the hour is read, since the format asks for one number.
     text = re.sub(
@@ -104,8 +105,8 @@ def with_plain_values(text: str) -> str:
         text,
         flags=re.IGNORECASE,
     )
-    text = re.sub(r"(\d+/\d+)\s+of\s+(?=[$€£]?\d)", r"\1 * ", text)
-    text = re.sub(r"(\d+(?:\.\d+)?)\s?%\s+of\s+(?=[$€£]?\d)", r"\1 / 100 * ", text)
+    text = re.sub(r"(?<!\d)(\d+/\d+)\s+of\s+(?=[$€£]?\d)", r"\1 * ", text)
+    text = re.sub(r"(?<!\d)(\d+(?:\.\d+)?)\s?%\s+of\s+(?=[$€£]?\d)", r"\1 / 100 * ", text)
     text = re.sub(r"\bhalf\s+of\s+(?=[$€£]?\d)", "1/2 * ", text, flags=re.IGNORECASE)
     text = re.sub(r"\b(?:twice|double)\s+(?=[$€£]?\d)", "2 * ", text, flags=re.IGNORECASE)
     return re.sub(
