@@ -26,7 +26,7 @@ from dftserve.corpus.duplicates import Duplicates
 from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, language_of, stripped, unwrapped, verdict
 from dftserve.corpus.records import opening, turn_text
-from dftserve.corpus.text import Text
+from dftserve.corpus.text import Text, length_in_words
 
 EXAMPLES = 3
 """Origins that a report lists for each reason."""
@@ -234,7 +234,7 @@ def _kept(
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
             if report.kept < LANGUAGE_TEXTS and (
-                len(clean.content.split()) >= filters.language_min_words
+                length_in_words(clean.content) >= filters.language_min_words
             ):
                 language = language_of(clean.content)
                 report.languages[language] = report.languages.get(language, 0) + 1
@@ -312,7 +312,7 @@ def _compared_contents(pieces: Sequence[Text]) -> Iterator[str]:
             yield piece.content
             continue
         answers = "\n\n".join(turn_text(turn) for turn in turns if turn["role"] == "assistant")
-        if len(answers.split()) >= ANSWER_WORDS:
+        if length_in_words(answers) >= ANSWER_WORDS:
             yield answers
 
 

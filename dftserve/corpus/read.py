@@ -177,13 +177,15 @@ def _split_of(path: Path) -> Split | None:
     that of the innermost folder."""
     stem = path.name[: -len(_suffix(path))]
     named = _split_named(stem) if _suffix(path) in RECORDS else _exact_split(stem)
-    return named or next(filter(None, map(_exact_split, reversed(path.parts[:-1]))), None)
+    folders = map(_exact_split, reversed(path.parts[:-1]))
+    return named or next((split for split in folders if split), None)
 
 
 def _split_named(name: str) -> Split | None:
     """The split that a word of a name names (`train_sft`, `alpaca-test-00000-of-00001`); None if
     there is none, or if there are two."""
-    found = {_exact_split(word) for word in re.split(r"[^a-zA-Z]+", name)} - {None}
+    words = map(_exact_split, re.split(r"[^a-zA-Z]+", name))
+    found = {split for split in words if split}
     return found.pop() if len(found) == 1 else None
 
 

@@ -165,7 +165,7 @@ def _history(given: object, where: str) -> Turns:
     """Turns from earlier pairs of a question and its answer, [[question, answer], …]."""
     if isinstance(given, str):  # JSON in a string column, as some datasets store it.
         given = parse_json(given, where)
-    pairs = given if isinstance(given, list) else [given]
+    pairs: list[Any] = given if isinstance(given, list) else [given]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(
             f"{where}: got {shown(given)}; accepted: a list of pairs, [[question, answer], …]."

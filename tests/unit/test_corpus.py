@@ -246,6 +246,9 @@ def test_languages():
     assert verdict(text(GERMAN), only) == "language de"
     assert verdict(text(GERMAN), Filters(min_words=1, languages=("en", "de"))) is None
     assert verdict(text("Der Kapitän"), only) is None  # Too short to tell.
+    assert verdict(text("他们在河边等着。"), only) is None
+    assert verdict(text("他们在河边的花园里等着船长回来，天色已经很晚了。"), only) == "language zh"
+    assert verdict(text("船长は庭で手紙を待っていました。もう夜でした。"), only) == "language ja"
 
 
 def test_repetition_limits_are_of_characters():
@@ -711,8 +714,9 @@ def test_an_instruction_in_all_prompts_makes_no_family():
     assert 0.05 < corpus.report.heldout_share < 0.6
 
 
-def test_answers_that_are_copies_are_on_one_side():
-    listed = [answered(prose(20, seed), prose(60, seed // 2 + 50), f"{seed}") for seed in range(40)]
+@pytest.mark.parametrize("answer", [lambda seed: prose(60, seed + 50), clauses])
+def test_answers_that_are_copies_are_on_one_side(answer):
+    listed = [answered(prose(20, seed), answer(seed // 2), f"{seed}") for seed in range(40)]
     corpus = prepare(listed, ANY, heldout=0.3)
     sides = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
     assert not sides[0] & sides[1]
