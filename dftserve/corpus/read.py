@@ -185,7 +185,7 @@ def _split_named(name: str) -> Split | None:
     """The split that a word of a name names (`train_sft`, `alpaca-test-00000-of-00001`); None if
     there is none, or if there are two."""
     words = map(_exact_split, re.split(r"[^a-zA-Z]+", name))
-    found = {split for split in words if split}
+    found: set[Split] = {split for split in words if split}
     return found.pop() if len(found) == 1 else None
 
 

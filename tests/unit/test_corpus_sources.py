@@ -508,6 +508,19 @@ def test_copies_of_a_held_out_text_are_not_trained_on(tmp_path):
     assert corpus.report.dropped[LIKE_HELDOUT].examples == ("mine.jsonl:2",)
 
 
+def test_texts_given_to_be_held_out_are_not_replaced_by_a_draw(tmp_path):
+    """If none of them is left, nothing else is held out in their place."""
+    mine = lines(tmp_path / "mine.jsonl", *({"text": prose(60, n)} for n in range(20)))
+    short = lines(tmp_path / "short.jsonl", {"text": "Too short."}, {"text": "This too."})
+    with pytest.raises(ValueError, match=r"none of the 2 texts given .* kept: .*2 too short.*20 h"):
+        prepare(read_all(mine, short), Filters(), heldout=0.05)
+    with pytest.raises(ValueError, match="none of the 2 texts given to be held out is kept"):
+        prepare(read_all(mine, short), Filters(), heldout=0)
+    empty = lines(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: got no texts to hold out"):
+        prepare(read_all(mine, empty), Filters(), heldout=0.05)
+
+
 COPIES = {"near": changed(prose(200, 1), 0.03, 1), "further": changed(prose(200, 1), 0.07, 1)}
 
 
