@@ -450,11 +450,12 @@ def _decoded(content: bytes, where: str) -> str:
 def _encoding(content: bytes) -> str:
     """A guess at the encoding of bytes that are not UTF-8, by iconv's name for it.
 
-    UTF-16 has a byte order mark, or a null byte next to each ASCII character.
+    UTF-16 has a byte order mark, or a null byte next to each ASCII character. Windows-1252 has all
+    characters of Latin-1, and quotation marks and dashes where that has control characters.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     nulls = [content[start:SAMPLE:2].count(0) for start in (0, 1)]
     if max(nulls) * 8 < min(len(content), SAMPLE):  # A quarter of the characters.
-        return "latin1"
+        return "cp1252"
     return "utf-16be" if nulls[0] > nulls[1] else "utf-16le"

@@ -154,11 +154,12 @@ def test_unreadable_files_are_reported(tmp_path, name, content, parts):
 @pytest.mark.parametrize(
     ("content", "encoding"),
     [
-        ("Déjà vu.".encode("latin1"), "latin1"),
+        ("Déjà vu.".encode("latin1"), "cp1252"),
+        ("“Déjà vu” – she said.".encode("cp1252"), "cp1252"),
         ("Déjà vu.".encode("utf-16"), "utf-16"),
         ("Déjà vu.".encode("utf-16-le"), "utf-16le"),
         ("Déjà vu.".encode("utf-16-be"), "utf-16be"),
-        (b"caf\xe9 au lait, et du th\xe9 \x00", "latin1"),
+        (b"caf\xe9 au lait, et du th\xe9 \x00", "cp1252"),
     ],
 )
 def test_another_encoding_is_detected_from_the_bytes(tmp_path, content, encoding):
@@ -166,6 +167,9 @@ def test_another_encoding_is_detected_from_the_bytes(tmp_path, content, encoding
     with pytest.raises(ValueError, match=f"iconv -f {encoding} -t utf-8") as caught:
         list(read(tmp_path / "x.txt"))
     assert "x.txt, line 1: byte" in str(caught.value)
+    (tmp_path / "x.txt").write_bytes(content.decode(encoding).encode())
+    (converted,) = read(tmp_path / "x.txt")
+    assert not re.search("[\x80-\x9f]", converted.content)
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
