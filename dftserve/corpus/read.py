@@ -26,6 +26,7 @@ lead elsewhere, FIFOs and devices are refused (`bounded_files`).
 import codecs
 import csv
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -107,13 +108,19 @@ def parts(path: Path, fields: Fields = KNOWN) -> list[Part]:
     if _is_dataset(path):
         return _dataset(path, fields)
     if not path.is_dir():
-        return [Part(None, _file(path, path.name, fields))]
+        return [Part(None, _file(path, _origin(Path(path.name)), fields))]
     files = _files(path)
     names = [file.relative_to(path) for file in files]
     return [
-        Part(split, _file(file, name.as_posix(), fields, within=path))
+        Part(split, _file(file, _origin(name), fields, within=path))
         for file, name, split in zip(files, names, _splits(map(_split_of, names)), strict=True)
     ]
+
+
+def _origin(name: Path) -> str:
+    """A file's name as text: bytes of it that are not UTF-8 are written as \\xe9, since reports
+    with it are written as UTF-8."""
+    return os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def in_order(listed: Iterable[Part]) -> Iterator[Text]:
