@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from dftserve.corpus.text import Text
+from dftserve.corpus.text import Text, length_in_words
 from dftserve.corpus.tidy import STRIPS, tidied
 from dftserve.corpus.wrapping import joined
 from dftserve.settings import among
@@ -29,7 +29,8 @@ GRAM = 5
 class Filters:
     """Which texts are accepted. Shares are of a text's characters, in [0, 1].
 
-    Words are separated by spaces: for a language written without them, set `min_words` to 1.
+    Words are separated by spaces: for a language written without them, set `min_words` to 1, and
+    give long texts in parts.
     """
 
     min_words: int = 20
@@ -39,7 +40,8 @@ class Filters:
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes that py3langid supports; empty: any language."""
     language_min_words: int = 20
-    """The language of a shorter text cannot be identified, and is not checked."""
+    """The language of a shorter text cannot be identified, and is not checked. Of a script without
+    spaces, two characters count as a word here."""
     max_damage: float = 0.005
     """Share of replacement characters, control characters and UTF-8 read as Latin-1."""
     max_repeated_lines: float = 0.20
@@ -153,7 +155,7 @@ def verdict(text: Text, filters: Filters) -> str | None:
         return "repeated lines"
     if repeated_grams(words) > filters.max_repeated_grams:
         return "repeated phrases"
-    if filters.languages and len(words) >= filters.language_min_words:
+    if filters.languages and length_in_words(content) >= filters.language_min_words:
         found = language_of(content)
         if found not in filters.languages:
             return f"language {found}"

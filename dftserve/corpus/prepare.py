@@ -26,7 +26,7 @@ from dftserve.corpus.duplicates import Duplicates
 from dftserve.corpus.families import Families
 from dftserve.corpus.filters import Filters, language_of, stripped, unwrapped, verdict
 from dftserve.corpus.records import opening, turn_text
-from dftserve.corpus.text import Text
+from dftserve.corpus.text import Text, length_in_words
 
 EXAMPLES = 3
 """Origins that a report lists for each reason."""
@@ -59,6 +59,8 @@ class Report:
 
     read: int = 0
     """Texts in the input."""
+    given_heldout: int = 0
+    """Those among them that their corpus holds out."""
     kept: int = 0
     """Texts of which at least one piece was kept."""
     stripped: Counter[str] = field(default_factory=Counter)
@@ -150,7 +152,8 @@ def prepare(
             conversations are not dropped as duplicates.
 
     Raises:
-        ValueError: no text passes, or only one (or one family) but a held-out part is requested.
+        ValueError: no text passes, or only one (or one family) but a held-out part is requested,
+            or none of the texts whose `split` marks them as held out passes.
     """
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout: got {heldout}; accepted: at least 0 and below 1.")
@@ -162,6 +165,12 @@ def prepare(
             f"such as min_words ({filters.min_words} here)."
         )
     is_given = any(map(_is_given_heldout, kept))
+    if report.given_heldout and not is_given:
+        raise ValueError(
+            f"none of the {report.given_heldout} texts given to be held out is kept: "
+            f"{_losses(report)}. Give others, or change what the recipe's `corpus` keeps, such as "
+            f"min_words ({filters.min_words} here)."
+        )
     draws = _draws(kept, filters, seed, report) if heldout or is_given else [NO_DRAW] * len(kept)
     by_split: dict[str | None, set[float]] = {"train": set(), "heldout": set(), None: set()}
     for draw, text in zip(draws, kept, strict=True):
@@ -208,6 +217,7 @@ def _kept(
     given: set[tuple[str, str]] = set()
     for text in texts:
         report.read += 1
+        report.given_heldout += text.split == "heldout"
         reason = verdict(text, filters)
         if reason is not None:
             report.drop(reason, text.origin)
@@ -234,7 +244,7 @@ def _kept(
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
             if report.kept < LANGUAGE_TEXTS and (
-                len(clean.content.split()) >= filters.language_min_words
+                length_in_words(clean.content) >= filters.language_min_words
             ):
                 language = language_of(clean.content)
                 report.languages[language] = report.languages.get(language, 0) + 1
@@ -312,7 +322,7 @@ def _compared_contents(pieces: Sequence[Text]) -> Iterator[str]:
             yield piece.content
             continue
         answers = "\n\n".join(turn_text(turn) for turn in turns if turn["role"] == "assistant")
-        if len(answers.split()) >= ANSWER_WORDS:
+        if length_in_words(answers) >= ANSWER_WORDS:
             yield answers
 
 

@@ -12,8 +12,12 @@ a folder         of these, at any depth, in the order of their paths; hidden fil
 a folder written by datasets' save_to_disk    one per row, with the same fields
 
 Splits are respected: if there is a split `train`, then `test`, `validation` and the like are held
-out, and come first. Splits are those of a DatasetDict, or are given by the names of a folder's
-files (`test.jsonl`, `train-00000-of-00002.parquet`).
+out, and come first. Splits are those of a DatasetDict (`test_sft` is one of `test`), or are given
+by the names of a folder's files of records (`test.jsonl`, `my_train.csv`,
+`train-00000-of-00002-a09b74b3ef9c3b56.parquet`), of its texts (`train.txt`, nothing else in the
+name), or of the folders in it (`test/…`).
+
+A README in a folder with records describes them, and is not read.
 
 The files of a folder must be inside it, or in the Hugging Face cache as for a snapshot. Links that
 lead elsewhere, FIFOs and devices are refused (`bounded_files`).
@@ -22,6 +26,7 @@ lead elsewhere, FIFOs and devices are refused (`bounded_files`).
 import codecs
 import csv
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -46,8 +51,11 @@ from dftserve.bounded_files import (
 from dftserve.corpus.records import KNOWN, Fields, plain, record, shown
 from dftserve.corpus.text import Text
 
-HELDOUT_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
-_SPLIT = re.compile(rf"(train|{'|'.join(HELDOUT_SPLITS)})(?:[-_.]\d+(?:-of-\d+)?)?")
+TRAIN_SPLITS = ("train", "training")
+HELDOUT_SPLITS = (
+    *("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"),
+    *("heldout", "holdout"),
+)
 TEXTS = (".txt", ".md", ".rst")
 RECORDS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 LARGEST = 64 << 20
@@ -100,13 +108,19 @@ def parts(path: Path, fields: Fields = KNOWN) -> list[Part]:
     if _is_dataset(path):
         return _dataset(path, fields)
     if not path.is_dir():
-        return [Part(None, _file(path, path.name, fields))]
+        return [Part(None, _file(path, _origin(Path(path.name)), fields))]
     files = _files(path)
-    names = [file.relative_to(path).as_posix() for file in files]
+    names = [file.relative_to(path) for file in files]
     return [
-        Part(split, _file(file, name, fields, within=path))
-        for file, name, split in zip(files, names, _splits(map(_split_of, files)), strict=True)
+        Part(split, _file(file, _origin(name), fields, within=path))
+        for file, name, split in zip(files, names, _splits(map(_split_of, names)), strict=True)
     ]
+
+
+def _origin(name: Path) -> str:
+    """A file's name as text: bytes of it that are not UTF-8 are written as \\xe9, since reports
+    with it are written as UTF-8."""
+    return os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def in_order(listed: Iterable[Part]) -> Iterator[Text]:
@@ -155,23 +169,46 @@ def _is_dataset(path: Path) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     found = (Path(name) for name in entries(folder, most=MOST_FILES))
-    shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    if any(_suffix(path) in RECORDS for path in shown):
+        shown = [path for path in shown if not _is_readme(path)]
     return [folder / path for path in sorted(shown, key=lambda path: path.parts)]
 
 
-def _split_of(path: Path) -> str:
-    """`train`, `test` …, if a file of records is named like a split; else empty."""
-    suffix = _suffix(path)
-    name = _SPLIT.fullmatch(path.name[: -len(suffix)]) if suffix in RECORDS else None
-    return name[1] if name else ""
+def _is_readme(path: Path) -> bool:
+    return _suffix(path) in TEXTS and path.stem.lower() == "readme"
 
 
-def _splits(names: Iterable[str]) -> list[Split | None]:
-    """Whether each split is trained on or held out; None if not both kinds are present."""
-    listed = list(names)
-    if "train" not in listed or not any(name in HELDOUT_SPLITS for name in listed):
+def _split_of(path: Path) -> Split | None:
+    """The split that a file's path, relative to the corpus, names: the file's own name, or else
+    that of the innermost folder."""
+    stem = path.name[: -len(_suffix(path))]
+    named = _split_named(stem) if _suffix(path) in RECORDS else _exact_split(stem)
+    folders = map(_exact_split, reversed(path.parts[:-1]))
+    return named or next((split for split in folders if split), None)
+
+
+def _split_named(name: str) -> Split | None:
+    """The split that a word of a name names (`train_sft`, `alpaca-test-00000-of-00001`); None if
+    there is none, or if there are two."""
+    words = map(_exact_split, re.split(r"[^a-zA-Z]+", name))
+    found: set[Split] = {split for split in words if split}
+    return found.pop() if len(found) == 1 else None
+
+
+def _exact_split(word: str) -> Split | None:
+    if word.lower() in TRAIN_SPLITS:
+        return "train"
+    return "heldout" if word.lower() in HELDOUT_SPLITS else None
+
+
+def _splits(named: Iterable[Split | None]) -> list[Split | None]:
+    """The splits that names name, and `train` for what names none; None for all if not both kinds
+    are present."""
+    listed = list(named)
+    if not {"train", "heldout"} <= {*listed}:
         return [None] * len(listed)
-    return ["heldout" if name in HELDOUT_SPLITS else "train" for name in listed]
+    return [each or "train" for each in listed]
 
 
 def _file(path: Path, origin: str, fields: Fields, within: Path | None = None) -> Iterator[Text]:
@@ -210,7 +247,11 @@ def _list(path: Path, origin: str, fields: Fields, within: Path | None) -> Itera
         content = _content(path, within, LARGEST_LIST)
     except FileError as error:
         raise ValueError(advised(error, "write it as .jsonl, one record a line")) from None
-    given = parse_json(_decoded(content, f"{path}"), f"{path}", finite=False)
+    try:
+        given = parse_json(_decoded(content, f"{path}"), f"{path}", finite=False)
+    except FileError as error:
+        one_a_line = "correct the file, or, if it has one record a line, name it .jsonl"
+        raise ValueError(advised(error, one_a_line)) from None
     if not isinstance(given, list):
         raise ValueError(
             f"{path}: got a {type(given).__name__}; accepted: a list of records, [{{…}}, …]. One "
@@ -301,7 +342,7 @@ def _parquet(path: Path, origin: str, fields: Fields, within: Path | None) -> It
         opened = parquet.ParquetFile(real_file(path, within=within, largest=LARGEST_RECORDS))
         _refuse_large_groups(opened.metadata, path)
         for batch in opened.iter_batches(batch_size=BATCH_ROWS):
-            for given in batch.to_pylist():
+            for given in _values(batch, f"{path}, rows from {row + 1}"):
                 row += 1
                 yield record(given, f"{path}, row {row}", f"{origin}:{row}", fields)
     except (pyarrow.ArrowException, OSError) as error:
@@ -334,7 +375,7 @@ def _dataset(path: Path, fields: Fields) -> list[Part]:
         raise ValueError(f"{path}: not a datasets folder that can be read ({reason}).") from None
     named = loaded.items() if isinstance(loaded, datasets.DatasetDict) else [(path.name, loaded)]
     by_split = sorted((str(name), rows) for name, rows in named)
-    sides = _splits(split for split, _ in by_split)
+    sides = _splits(_split_named(split) for split, _ in by_split)
     return [
         Part(side, _rows(rows, path, split, fields))
         for side, (split, rows) in zip(sides, by_split, strict=True)
@@ -345,9 +386,35 @@ def _rows(rows: Any, path: Path, split: str, fields: Fields) -> Iterator[Text]:
     row = 0
     # Raw Arrow values: decoding a feature may open a file whose path is in the row.
     for batch in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        for given in batch.to_pylist():
+        for given in _values(batch, f"{path}, {split} rows from {row + 1}"):
             row += 1
             yield record(given, f"{path}, {split} row {row}", f"{split}:{row}", fields)
+
+
+def _values(batch: Any, where: str) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table, without its columns of times, which no record uses: times that
+    Python has no type for (years above 9999, an unknown time zone) are no reason to refuse texts.
+
+    Raises:
+        ValueError: a value that Python cannot represent, such as a text that is not UTF-8.
+    """
+    import pyarrow
+
+    names: list[str] = batch.schema.names
+    if len({*names}) < len(names):
+        raise ValueError(f"{where}: got the columns {shown(names)}; accepted: each name once.")
+    kept = [each.name for each in batch.schema if not pyarrow.types.is_temporal(each.type)]
+    columns: dict[str, list[Any]] = {}
+    for name in kept:
+        try:
+            columns[name] = batch.column(name).to_pylist()
+        except (OverflowError, ValueError, pyarrow.ArrowException) as error:
+            raise ValueError(
+                f"{where}, column {name}: got a value that cannot be read ({error}); correct the "
+                "column, or leave it out."
+            ) from None
+    for number in range(batch.num_rows):
+        yield {name: values[number] for name, values in columns.items()}
 
 
 def _check_dataset(path: Path) -> None:
@@ -390,11 +457,12 @@ def _decoded(content: bytes, where: str) -> str:
 def _encoding(content: bytes) -> str:
     """A guess at the encoding of bytes that are not UTF-8, by iconv's name for it.
 
-    UTF-16 has a byte order mark, or a null byte next to each ASCII character.
+    UTF-16 has a byte order mark, or a null byte next to each ASCII character. Windows-1252 has all
+    characters of Latin-1, and quotation marks and dashes where that has control characters.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     nulls = [content[start:SAMPLE:2].count(0) for start in (0, 1)]
     if max(nulls) * 8 < min(len(content), SAMPLE):  # A quarter of the characters.
-        return "latin1"
+        return "cp1252"
     return "utf-16be" if nulls[0] > nulls[1] else "utf-16le"

@@ -2,10 +2,11 @@
 
     record({"instruction": "Add.", "input": "1, 2", "output": "3"}, "file, line 1", "file:1")
 
-Recognised by default: `text`; `messages` in OpenAI's format; `prompt` and `response`, or TRL's
-`completion`, each a text or a list of turns (the prompt's are context only); ShareGPT's
-`conversations` of `from` and `value`; Alpaca's `instruction`, `input` and `output`. `Fields` gives
-other names.
+Recognised by default: `messages` in OpenAI's format; ShareGPT's `conversations` of `from` and
+`value`; `prompt` and `response`, or TRL's `completion`, each a text or a list of turns (the
+prompt's are context only); Alpaca's `instruction`, `input` and `output`; `text`. With two texts,
+`history` may list earlier pairs. The first of these forms that a record has counts, so a `text`
+next to another form, which is the same rendered, is not used. `Fields` gives other names.
 """
 
 import itertools
@@ -28,12 +29,19 @@ FIELDS = (
 )
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
 """Fields with a question and its answer."""
-ROLES = {
-    **{"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"},
-    **{"bing": "assistant", "bard": "assistant", "model": "assistant", "assistant": "assistant"},
-    **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
+SPEAKERS = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"},
+    **{"system": "system", "developer": "developer", "tool": "tool"},
 }
-"""ShareGPT's values of `from` → roles."""
+"""Values of `role`, in any case, → roles. Others are left to the chat template."""
+ROLES = {
+    **SPEAKERS,
+    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"},
+    **{"observation": "tool", "function_response": "tool"},
+}
+"""ShareGPT's values of `from`, in any case, → roles; there are no others."""
+VERDICTS = ("label", "kto_tag")
+"""Fields that say of an answer whether it is a good one, in data for KTO."""
 ASKING_NOTHING = ("system", "developer", "assistant")
 """Roles of turns that ask nothing."""
 
@@ -88,11 +96,13 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
     turns: Turns | None = None
     if (name := _listed(has, fields)) is not None:
         turns = _turns(has[name], f"{where}, {name}", fields)
-    elif (text := fields.text or ("text" if fields.are_known else None)) in has:
-        return plain(_string(has[text], f"{where}, {text}"), origin)
     elif (pair := _pair(has, fields)) is not None:
         turns = _turns_of_pair(has, pair, where, fields)
+    elif (text := fields.text or ("text" if fields.are_known else None)) in has:
+        return plain(_string(has[text], f"{where}, {text}"), origin)
     if turns is not None:
+        if fields.are_known:
+            _refuse_bad_answer(has, where)
         tools = _tools(given.get("tools"), f"{where}, tools")
         return _conversation((*_system(has, fields, where, turns), *turns), origin, tools)
     names = ", ".join(sorted(map(str, has))) or "none"
@@ -118,6 +128,18 @@ def _pair(has: Mapping[str, Any], fields: Fields) -> tuple[str, str] | None:
     return next((pair for pair in pairs if {*pair} <= has.keys()), None)
 
 
+def _refuse_bad_answer(has: Mapping[str, Any], where: str) -> None:
+    """Refuse a record whose answer is marked as one not to give, which would be learnt."""
+    for name in VERDICTS:
+        if str(has.get(name)).lower() == "false":
+            raise ValueError(
+                f"{where}, {name}: got {has[name]!r}, which in data for KTO marks an answer that "
+                "is not to be given; accepted: answers to learn. Leave such records out, or, if "
+                f"`{name}` says something else, name the record's fields by `fields` in a YAML of "
+                "corpora."
+            )
+
+
 def _turns_of_pair(
     has: Mapping[str, Any], pair: tuple[str, str], where: str, fields: Fields
 ) -> Turns:
@@ -131,6 +153,31 @@ def _turns_of_pair(
     question, reply = (_string(has[name], f"{where}, {name}") for name in pair)
     if fields.are_known and pair[0] == "instruction" and has.get("input"):
         question = f"{question}\n\n{_string(has['input'], f'{where}, input')}"
+    before = _history(has["history"], f"{where}, history") if _has_history(has, fields) else ()
+    return (*before, *_asked_and_answered(question, reply))
+
+
+def _has_history(has: Mapping[str, Any], fields: Fields) -> bool:
+    return fields.are_known and bool(has.get("history"))
+
+
+def _history(given: object, where: str) -> Turns:
+    """Turns from earlier pairs of a question and its answer, [[question, answer], …]."""
+    if isinstance(given, str):  # JSON in a string column, as some datasets store it.
+        given = parse_json(given, where)
+    pairs: list[Any] = given if isinstance(given, list) else [given]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(
+            f"{where}: got {shown(given)}; accepted: a list of pairs, [[question, answer], …]."
+        )
+    return tuple(
+        turn
+        for i, pair in enumerate(pairs)
+        for turn in _asked_and_answered(*(_string(text, f"{where}[{i}]") for text in pair))
+    )
+
+
+def _asked_and_answered(question: str, reply: str) -> Turns:
     return {"role": "user", "content": question}, {"role": "assistant", "content": reply}
 
 
@@ -144,11 +191,12 @@ def _system(has: Mapping[str, Any], fields: Fields, where: str, turns: Turns) ->
 
 def _tools(given: object, where: str) -> tuple[Any, ...]:
     if isinstance(given, str):  # JSON in a string column, as some datasets store it.
-        given = parse_json(given, where)
+        given = parse_json(given, where) if given.strip() else None
     if given is None:
         return ()
     if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
         raise ValueError(f"{where}: got {shown(given)}; accepted: a list of JSON schemas.")
+    _check_unicode(given, where)
     return tuple(map(_without_nulls, given))
 
 
@@ -165,11 +213,12 @@ def _turns(given: object, where: str, fields: Fields) -> Turns:
         given = parse_json(given, where)
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}: got {shown(given)}; accepted: a list of turns.")
-    return tuple(_turn(_named(each, fields), f"{where}[{i}]") for i, each in enumerate(given))
+    named = (_named(each, fields, f"{where}[{i}]") for i, each in enumerate(given))
+    return tuple(_turn(each, f"{where}[{i}]") for i, each in enumerate(named))
 
 
-def _named(turn: object, fields: Fields) -> object:
-    """A turn with its fields renamed to `role` and `content`."""
+def _named(turn: object, fields: Fields, where: str) -> object:
+    """A turn with its fields renamed to `role` and `content`, and its role as templates know it."""
     if not isinstance(turn, Mapping):
         return turn
     is_sharegpt = "from" in turn and "value" in turn and "role" not in turn
@@ -178,8 +227,19 @@ def _named(turn: object, fields: Fields) -> object:
     rest = {name: value for name, value in turn.items() if name not in (role, content)}
     who = turn.get(role)
     if isinstance(who, str):
-        who = fields.roles.get(who, ROLES.get(who, who) if is_sharegpt else who)
+        who = fields.roles.get(who) or _role(who, role, where, is_sharegpt=is_sharegpt)
     return {**rest, "role": who, "content": turn.get(content)}
+
+
+def _role(given: str, name: str, where: str, *, is_sharegpt: bool) -> str:
+    if not is_sharegpt:
+        return SPEAKERS.get(given.lower(), given)
+    if given.lower() not in ROLES:
+        raise ValueError(
+            f"{where}.{name}: got {shown(given)}; accepted: {', '.join(sorted(ROLES))}. "
+            "`fields: {roles: {…}}` in a YAML of corpora says which role another is."
+        )
+    return ROLES[given.lower()]
 
 
 def _turn(given: object, where: str) -> Mapping[str, Any]:
@@ -193,6 +253,7 @@ def _turn(given: object, where: str) -> Mapping[str, Any]:
     if content is None and any(turn.get(name) for name in CALLS):
         content = ""
     turn["content"] = _string(content, f"{where}.content")
+    _check_unicode({name: turn[name] for name in turn.keys() - {"role", "content"}}, where)
     return turn
 
 
@@ -254,6 +315,11 @@ def _string(given: object, where: str) -> str:
             f"{where}: half a surrogate pair at character {error.start}; accepted: valid Unicode."
         ) from None
     return given
+
+
+def _check_unicode(value: Any, where: str) -> None:
+    """Refuse half a surrogate pair in any text of the value, which no tokenizer reads."""
+    _string(json.dumps(value, ensure_ascii=False, default=str), where)
 
 
 def shown(value: object) -> str:

@@ -11,6 +11,7 @@ texts. `fields` is as in `records.Fields`; `split` is `train` or `heldout`; with
 that `read` finds is used, or else one is drawn.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,11 +59,19 @@ def read_all(path: Path, heldout_from: Path | None = None) -> Iterator[Text]:
         heldout_from: further texts, all of which are held out.
 
     Raises:
-        ValueError: as `read`, or the YAML file does not list corpora.
+        ValueError: as `read`, or the YAML file does not list corpora, or `heldout_from` has no
+            texts.
     """
     if heldout_from is not None:
         # These come first, since the later of two near-copies is dropped.
-        for text in in_order(_sources(heldout_from)):
+        texts = in_order(_sources(heldout_from))
+        first = next(texts, None)
+        if first is None:
+            raise ValueError(
+                f"{heldout_from}: got no texts to hold out; accepted: one at least. --heldout "
+                "draws some of the corpus instead."
+            )
+        for text in itertools.chain([first], texts):
             yield replace(text, split="heldout", origin=f"held out: {text.origin}")
     yield from in_order(_sources(path))
 

@@ -1,5 +1,6 @@
 """The text type that all modules of the corpus package work on."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,6 +11,7 @@ UNSPACED = (
 )
 """Thai, Lao, Burmese, Khmer, kana and Han, which are written without spaces, as ranges for a
 regular expression."""
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,9 @@ class Text:
     family: str = field(default="", compare=False)
     """An identifier shared by texts that must be in the same split: pieces of one text, copies,
     answers to one prompt. Empty before `prepare`, and if nothing is held out."""
+
+
+def length_in_words(content: str) -> int:
+    """Words separated by spaces; of scripts written without them, two characters count as one."""
+    spaced, characters = _UNSPACED.subn(" ", content)
+    return len(spaced.split()) + characters // 2

@@ -383,7 +383,7 @@ def encode_all(
 
     Raises:
         ValueError: a conversation that the tokenizer's template refuses, unless `skip_bad`; the
-            message names it. Or nothing is left to train on.
+            message names it. Or nothing is left to train on, or of what is held out.
     """
     templates = _templates(corpus, tokenizer)
     kept: set[str] = set()
@@ -413,6 +413,11 @@ def encode_all(
     found["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
     if not documents["train"]:
         raise ValueError(f"nothing is left to train on:\n{shown(found)}")
+    if corpus.heldout and not documents["heldout"]:
+        raise ValueError(
+            "nothing is left of what is held out; hold out other texts (--heldout-from), more of "
+            f"them or by another --seed, or none (--heldout 0):\n{shown(found)}"
+        )
     return documents, found
 
 

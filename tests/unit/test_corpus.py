@@ -154,11 +154,12 @@ def test_unreadable_files_are_reported(tmp_path, name, content, parts):
 @pytest.mark.parametrize(
     ("content", "encoding"),
     [
-        ("Déjà vu.".encode("latin1"), "latin1"),
+        ("Déjà vu.".encode("latin1"), "cp1252"),
+        ("“Déjà vu” – she said.".encode("cp1252"), "cp1252"),
         ("Déjà vu.".encode("utf-16"), "utf-16"),
         ("Déjà vu.".encode("utf-16-le"), "utf-16le"),
         ("Déjà vu.".encode("utf-16-be"), "utf-16be"),
-        (b"caf\xe9 au lait, et du th\xe9 \x00", "latin1"),
+        (b"caf\xe9 au lait, et du th\xe9 \x00", "cp1252"),
     ],
 )
 def test_another_encoding_is_detected_from_the_bytes(tmp_path, content, encoding):
@@ -166,6 +167,9 @@ def test_another_encoding_is_detected_from_the_bytes(tmp_path, content, encoding
     with pytest.raises(ValueError, match=f"iconv -f {encoding} -t utf-8") as caught:
         list(read(tmp_path / "x.txt"))
     assert "x.txt, line 1: byte" in str(caught.value)
+    (tmp_path / "x.txt").write_bytes(content.decode(encoding).encode())
+    (converted,) = read(tmp_path / "x.txt")
+    assert not re.search("[\x80-\x9f]", converted.content)
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
@@ -246,6 +250,9 @@ def test_languages():
     assert verdict(text(GERMAN), only) == "language de"
     assert verdict(text(GERMAN), Filters(min_words=1, languages=("en", "de"))) is None
     assert verdict(text("Der Kapitän"), only) is None  # Too short to tell.
+    assert verdict(text("他们在河边等着。"), only) is None
+    assert verdict(text("他们在河边的花园里等着船长回来，天色已经很晚了。"), only) == "language zh"
+    assert verdict(text("船长は庭で手紙を待っていました。もう夜でした。"), only) == "language ja"
 
 
 def test_repetition_limits_are_of_characters():
@@ -711,8 +718,9 @@ def test_an_instruction_in_all_prompts_makes_no_family():
     assert 0.05 < corpus.report.heldout_share < 0.6
 
 
-def test_answers_that_are_copies_are_on_one_side():
-    listed = [answered(prose(20, seed), prose(60, seed // 2 + 50), f"{seed}") for seed in range(40)]
+@pytest.mark.parametrize("answer", [lambda seed: prose(60, seed + 50), clauses])
+def test_answers_that_are_copies_are_on_one_side(answer):
+    listed = [answered(prose(20, seed), answer(seed // 2), f"{seed}") for seed in range(40)]
     corpus = prepare(listed, ANY, heldout=0.3)
     sides = [{int(each.origin) // 2 for each in p} for p in (corpus.train, corpus.heldout)]
     assert not sides[0] & sides[1]

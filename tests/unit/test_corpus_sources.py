@@ -53,7 +53,33 @@ def lines(path: Path, *records) -> Path:
                 {"role": "assistant", "content": "3"},
             ],
         ),
+        (
+            {"instruction": "And?", "output": "No.", "history": [["Why?", "So."]], "system": "Be."},
+            [
+                {"role": "system", "content": "Be."},
+                *(USER, ANSWER),
+                {"role": "user", "content": "And?"},
+                {"role": "assistant", "content": "No."},
+            ],
+        ),
+        ({"instruction": "Why?", "output": "So.", "history": []}, [USER, ANSWER]),
+        ({"instruction": "Why?", "output": "So.", "text": "### Why? ### So."}, [USER, ANSWER]),
+        ({"prompt": "Why?", "response": "So.", "text": "Why? So."}, [USER, ANSWER]),
         ({"prompt": "Why?", "completion": "So."}, [USER, ANSWER]),
+        ({"prompt": "Why?", "completion": "So.", "label": True}, [USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "tools": ""}, [USER, ANSWER]),
+        (
+            {"messages": [{**USER, "role": "Human"}, {**ANSWER, "role": "Assistant"}]},
+            [USER, ANSWER],
+        ),
+        (
+            {"messages": [{**USER, "role": "ipython"}, ANSWER]},
+            [{**USER, "role": "ipython"}, ANSWER],
+        ),
+        (
+            {"conversations": [{"from": "User", "value": "Why?"}, {"from": "GPT", "value": "So."}]},
+            [USER, ANSWER],
+        ),
         ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
         (
             {"prompt": [USER, ANSWER, USER], "response": [ANSWER], "system": "Be."},
@@ -155,7 +181,7 @@ def test_csv_and_gzipped_jsonl_are_read_like_jsonl(tmp_path):
     ("content", "message"),
     [
         ('{"text": "a"}', "got a dict; accepted: a list of records.*jsonl"),
-        ('{"text": "a"}\n{"text": "b"}', "not JSON"),
+        ('{"text": "a"}\n{"text": "b"}', r"not JSON.*one record a line, name it \.jsonl"),
         ('[{"text": "a"}, "b"]', "record 2: got 'b'"),
         ('[{"text": "a"}, {"body": "b"}]', "record 2: "),
     ],
@@ -203,11 +229,70 @@ def test_fields_of_other_names_are_mapped(tmp_path):
         ({"prompt": [USER], "completion": "So."}, r"prompt: got \[.*accepted: a text"),
         ({"prompt": [USER], "completion": [USER]}, "completion: got no turn of the assistant"),
         ({"prompt": [USER], "completion": []}, "completion: got .*accepted: a list of turns"),
+        ({"prompt": "a", "completion": "b", "label": False}, "line 1, label: got False.* KTO"),
+        ({"messages": [USER, ANSWER], "label": False}, "line 1, label: got False.*fields"),
+        ({"instruction": "a", "output": "b", "kto_tag": False}, "line 1, kto_tag: got False"),
+        (
+            {"prompt": "a", "response": "b", "history": ["c"]},
+            r"history: got \['c'\].*list of pairs",
+        ),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, r"\[0\].from: got 'bot'.*roles"),
+        ({"conversations": [{"from": "function_call", "value": "a"}]}, "got 'function_call'"),
+        ({"messages": [USER, {**ANSWER, "reasoning": "\ud800"}]}, r"messages\[1\]: half a surr"),
+        ({"messages": [USER, {**ANSWER, "\ud800": 1}]}, r"messages\[1\]: half a surrogate"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "\ud800"}]}, "tools: half a surrogate"),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "\ud800"}]}]},
+            r"messages\[1\]: half a surrogate",
+        ),
     ],
 )
 def test_invalid_records_are_refused_with_the_reason(tmp_path, record, message):
     with pytest.raises(ValueError, match=message):
         list(read(lines(tmp_path / "a.jsonl", record)))
+
+
+def test_named_fields_say_what_an_ambiguous_record_means(tmp_path):
+    record = {"prompt": "Why?", "completion": "So.", "label": False, "text": "T"}
+    path = lines(tmp_path / "a.jsonl", record)
+    (pair,) = read(path, Fields(prompt="prompt", response="completion"))
+    (plain,) = read(path, Fields(text="text"))
+    assert pair.messages == (USER, ANSWER)
+    assert (plain.content, plain.messages) == ("T", None)
+    said = [{"from": "bot", "value": "So."}]
+    (text,) = read(
+        lines(tmp_path / "b.jsonl", {"conversations": said}), Fields(roles={"bot": "assistant"})
+    )
+    assert text.messages == (ANSWER,)
+
+
+OTHER_COLUMNS = {
+    "year 146138": pyarrow.array([1 << 62], pyarrow.timestamp("us")),
+    "time zone": pyarrow.array([1], pyarrow.timestamp("us", tz="Nowhere/Else")),
+    "date": pyarrow.array([1 << 30], pyarrow.date32()),
+    "duration": pyarrow.array([1 << 62], pyarrow.duration("s")),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_COLUMNS)
+def test_columns_of_times_do_not_matter(tmp_path, name):
+    table = pyarrow.table({"text": ["a"], "other": OTHER_COLUMNS[name]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "d"))
+    for path in (tmp_path / "a.parquet", tmp_path / "d"):
+        assert [text.content for text in read(path)] == ["a"]
+
+
+def test_a_value_of_a_table_that_cannot_be_read_is_refused(tmp_path):
+    buffers = pyarrow.array([b"ok", b"\xff"]).buffers()
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, rows from 1, column text: got a value"):
+        list(read(tmp_path / "a.parquet"))
+    twice = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet.*each name once"):
+        list(read(tmp_path / "b.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +441,59 @@ def test_files_named_after_a_test_split_are_held_out(tmp_path):
     assert {each.split for each in read(tmp_path)} == {None}
 
 
+TRAIN_AND_TEST = {
+    # Names of the Hugging Face hub's older Parquet files end with a hash.
+    "hash": (
+        "data/train-00000-of-00001-a09b74b3ef9c3b56.jsonl",
+        "data/test-00000-of-00001-d9a5a5f0b7a8a1c2.jsonl",
+    ),
+    "kind": ("train_sft.jsonl", "test_sft.jsonl"),
+    "prefix": ("alpaca_train_v2.jsonl", "alpaca-eval.jsonl"),
+    "case": ("Train.jsonl", "Validation.jsonl"),
+    "synonyms": ("training.jsonl", "testing.jsonl"),
+    "folders": ("train/a.jsonl", "test/a.jsonl"),
+    "folders of texts": ("novels/train/a.txt", "novels/test/a.txt"),
+    "texts": ("train.txt", "valid.txt"),
+}
+NEITHER = {
+    "no train": ("a.jsonl", "test.jsonl"),
+    "both words": ("a.jsonl", "train-test.jsonl"),
+    "part of a word": ("trainers.jsonl", "contest.jsonl"),
+    "titles": ("the train.txt", "the test.txt"),
+}
+
+
+@pytest.mark.parametrize("names", [TRAIN_AND_TEST, NEITHER], ids=["split", "not split"])
+def test_names_of_splits(tmp_path, names):
+    for case, (train, test) in names.items():
+        for name in (train, test):
+            path = tmp_path / case / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"text": "a"}))
+        found = {text.origin.removesuffix(":1"): text.split for text in read(tmp_path / case)}
+        is_split = names is TRAIN_AND_TEST
+        expected = ("train", "heldout") if is_split else (None, None)
+        assert found == dict(zip((train, test), expected, strict=True)), case
+
+
+def test_splits_of_a_dataset_may_name_their_kind(tmp_path):
+    names = ("train_sft", "test_sft", "train_gen", "test_gen")
+    rows = {name: datasets.Dataset.from_list([{"text": name}]) for name in names}
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path))
+    expected = {name: "train" if name.startswith("train") else "heldout" for name in names}
+    assert {text.content: text.split for text in read(tmp_path)} == expected
+
+
+@pytest.mark.parametrize("name", ["README.md", "readme.txt", "data/Readme.md"])
+def test_a_readme_is_read_only_among_texts(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).write_text("About it.")
+    (tmp_path / "a.md").write_text("a")
+    assert {text.origin for text in read(tmp_path)} == {"a.md", name}
+    lines(tmp_path / "data" / "b.jsonl", {"text": "b"})
+    assert {text.origin for text in read(tmp_path)} == {"a.md", "data/b.jsonl:1"}
+
+
 def test_copies_of_a_held_out_text_are_not_trained_on(tmp_path):
     """Neither those that are dropped as duplicates nor those that differ more."""
     exam = [prose(200, n) for n in range(5)]
@@ -368,6 +506,19 @@ def test_copies_of_a_held_out_text_are_not_trained_on(tmp_path):
     assert [each.origin for each in corpus.train] == [f"mine.jsonl:{n}" for n in range(3, 8)]
     assert len(corpus.heldout) == 5
     assert corpus.report.dropped[LIKE_HELDOUT].examples == ("mine.jsonl:2",)
+
+
+def test_texts_given_to_be_held_out_are_not_replaced_by_a_draw(tmp_path):
+    """If none of them is left, nothing else is held out in their place."""
+    mine = lines(tmp_path / "mine.jsonl", *({"text": prose(60, n)} for n in range(20)))
+    short = lines(tmp_path / "short.jsonl", {"text": "Too short."}, {"text": "This too."})
+    with pytest.raises(ValueError, match=r"none of the 2 texts given .* kept: .*2 too short.*20 h"):
+        prepare(read_all(mine, short), Filters(), heldout=0.05)
+    with pytest.raises(ValueError, match="none of the 2 texts given to be held out is kept"):
+        prepare(read_all(mine, short), Filters(), heldout=0)
+    empty = lines(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: got no texts to hold out"):
+        prepare(read_all(mine, empty), Filters(), heldout=0.05)
 
 
 COPIES = {"near": changed(prose(200, 1), 0.03, 1), "further": changed(prose(200, 1), 0.07, 1)}

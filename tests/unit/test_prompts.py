@@ -64,6 +64,8 @@ def test_a_byte_order_mark_is_ignored(file, name):
         ("", "got 0 prompts; accepted: 1 to"),
         ("\n \n", "got 0 prompts"),
         ('{"prompt": "One"}\n{"prompt"', "line 2: not JSON"),
+        ('\n{"prompt": "\\ud800"}', "line 2: got half a surrogate pair"),
+        ('{"prompt": "One", "topic": ["\\ud800"]}', "line 1: got half a surrogate pair"),
         ('{"text": "One"}', "line 1: got no `prompt`"),
         ('{"prompt": ""}', "line 1: got no `prompt`"),
         ('{"prompt": " "}', "line 1: got no `prompt`"),

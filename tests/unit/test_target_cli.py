@@ -234,7 +234,8 @@ def test_a_dropped_text_is_not_counted_as_joined(tmp_path, model):
     for i in range(6):
         wrapped = textwrap.fill(prose(100, i).replace("\n", " "), 60)
         (folder / f"{i}.txt").write_text(f"{wrapped} </s>" if i < 2 else wrapped)
-    result = build(folder, model, tmp_path / "out", "--set", "corpus.special_tokens=drop")
+    arguments = ("--heldout", 0, "--set", "corpus.special_tokens=drop")
+    result = build(folder, model, tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.output
     corpus = TargetStore(tmp_path / "out").manifest.plan.corpus
     assert (corpus["read"], corpus["kept"], corpus["joined"]) == (6, 4, 4)
@@ -260,6 +261,27 @@ def test_read_kept_and_dropped_counts_add_up(tmp_path, model):
     documents = sum(corpus["documents"].values())
     assert "35 texts read, 24 kept" in result.output
     assert f"  24 texts in {documents} documents: longer ones are cut" in result.output
+
+
+def test_a_build_whose_held_out_texts_are_all_left_out_is_refused(tmp_path, novels, model):
+    """The text is held out by name, and is then longer than accepted."""
+    given = tmp_path / "given.jsonl"
+    given.write_text(json.dumps({"prompt": "question?", "response": prose(200, 50)}))
+    arguments = ("--heldout-from", given, "--max-tokens", 64)
+    result = build(novels, model, tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert "Error: nothing is left of what is held out; hold out other texts" in result.output
+    assert "longer than max_tokens: 1 (held out: given.jsonl:1)" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_name_of_a_text_need_not_be_utf_8(tmp_path, novels, model):
+    (novels / os.fsdecode(b"caf\xe9.txt")).write_text("short")
+    (novels / os.fsdecode(b"d\xe9j\xe0.txt")).write_text(prose(200, 50))
+    result = build(novels, model, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    plan = TargetStore(tmp_path / "out").manifest.plan
+    assert plan.corpus["dropped"]["too short"]["examples"] == ["99.txt", "caf\\xe9.txt"]
 
 
 def test_max_tokens_cuts_documents_and_keeps_every_trained_token(tmp_path, novels, model):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dftserve.bounded_files import parse_json, read_text
+from dftserve.bounded_files import json_rows, read_text
 
 MOST = 100_000
 LARGEST = 256 << 20
@@ -38,26 +38,23 @@ def read(path: Path) -> tuple[Prompt, ...]:
     """The prompts of a file, in its order.
 
     Raises:
-        ValueError: no such file, another suffix, invalid JSON, a line without a prompt, the same
-            prompt twice, too many.
+        ValueError: no such file, another suffix, invalid JSON, half a surrogate pair, a line
+            without a prompt, the same prompt twice, too many.
     """
     if path.suffix.lower() not in (".txt", ".jsonl") or not path.exists():
         raise ValueError(f"prompts: got {path}; accepted: a .txt or .jsonl file that exists.")
-    read_line = _line if path.suffix.lower() == ".jsonl" else _plain
     lines = read_text(path, largest=LARGEST, encoding="utf-8-sig").split("\n")
-    prompts = [
-        read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()
-    ]
+    if path.suffix.lower() == ".jsonl":
+        rows = json_rows((line.encode() for line in lines), path)
+        prompts = [_prompt(given, where) for where, given in rows]
+    else:
+        prompts = [Prompt(line.strip()) for line in lines if line.strip()]
     _check(prompts, path)
     return tuple(prompts)
 
 
-def _plain(line: str, where: str) -> Prompt:
-    return Prompt(line.strip())
-
-
-def _line(line: str, where: str) -> Prompt:
-    given = parse_json(line, where)  # All fields are recorded in asked.json.
+def _prompt(given: Any, where: str) -> Prompt:
+    """The prompt of a row; all its fields are recorded in asked.json."""
     text = given.get("prompt") if isinstance(given, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: got no `prompt`; accepted: an object with a text `prompt`.")
