@@ -37,6 +37,10 @@ class TemplateError(ValueError):
     """A chat template is missing or invalid, or refused a conversation."""
 
 
+class UnfitError(ValueError):
+    """A conversation must be left out; the message is the reason, by which it is counted."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """One template of a tokenizer."""
@@ -53,7 +57,9 @@ class ChatTemplate:
     header: str = ""
     """The text with which it opens an assistant's turn; empty if there is none."""
     end: str | None = None
-    """The special token that ends an assistant's turn; None if it writes none."""
+    """The special token, or tokens, that end an assistant's turn; None if it writes none."""
+    tokens: tuple[str, ...] = ()
+    """The tokenizer's special tokens, longest first."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> "ChatTemplate":
@@ -164,8 +170,9 @@ def _analysed(
     specials: tuple[str, ...],
     clock: Clock,
 ) -> ChatTemplate:
-    bare = ChatTemplate(name, source, _has_marks(name, source), dict(special), clock)
-    header, end = _turn_delimiters(bare, specials)
+    marks = _has_marks(name, source)
+    bare = ChatTemplate(name, source, marks, dict(special), clock, tokens=specials)
+    header, end = _turn_delimiters(bare)
     return replace(bare, header=header, end=end)
 
 
@@ -195,19 +202,42 @@ def _has_marks(name: str, source: str) -> bool:
     return bool(getattr(environment, "found_marks", False))
 
 
-def _turn_delimiters(template: ChatTemplate, specials: Sequence[str]) -> tuple[str, str | None]:
+def _turn_delimiters(template: ChatTemplate) -> tuple[str, str | None]:
     """What an assistant's turn begins and ends with, found by rendering minimal conversations."""
     question: list[Turn] = [{"role": "user", "content": "x"}]
+    answer: list[Turn] = [{"role": "assistant", "content": _PROBE}]
     try:
         bare, _ = template.render(question)
         opened, _ = template.render(question, ask=True)
-        answered, _ = template.render([*question, {"role": "assistant", "content": _PROBE}])
+        answered, _ = template.render([*question, *answer])
     except TemplateError:
         return "", None
     header = opened.removeprefix(bare) if opened.startswith(bare) else ""
     _, _, tail = answered.rpartition(_PROBE)
-    end = next((token for token in specials if tail.lstrip().startswith(token)), None)
-    return header, end
+    try:
+        _, _, goes_on = template.render([*question, *answer, *question])[0].rpartition(_PROBE)
+    except TemplateError:
+        goes_on = ""
+    # A turn may end with several tokens. What follows it is not the same in both renderings, unless
+    # the template always asks for an answer.
+    end = common_start(tail, goes_on, template.tokens).strip()
+    if header and end.startswith(template.tokens) and end.endswith(template.tokens):
+        return header, end
+    return header, next(
+        (token for token in template.tokens if tail.lstrip().startswith(token)), None
+    )
+
+
+def common_start(one: str, other: str, tokens: Sequence[str]) -> str:
+    """What both texts begin with, without a part of a special token."""
+    pairs = enumerate(zip(one, other, strict=False))
+    length = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    for text in (one, other):
+        for token in tokens:
+            at = text.find(token, max(0, length - len(token) + 1))
+            if 0 <= at < length:
+                length = at
+    return one[:length]
 
 
 def _line(error: BaseException) -> int | None:

@@ -5,14 +5,11 @@
 
 If the chat template marks the text to train on ({% generation %}), its marks are used. Otherwise
 every assistant turn is trained on, from after the text that opens it up to and including the
-special token that ends it. Turns are located in the rendered text by private-use characters put
-around their content, and tokens by their offsets. Renderings of shorter conversations are not used
-for this, since a template may render the same turns differently there.
+special tokens that end it (`answer_spans`), and tokens are located by their offsets.
 
 Shapes: N tokens of a document.
 """
 
-import copy
 import itertools
 import json
 import re
@@ -24,7 +21,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dftserve.bounded_files import parse_json
-from dftserve.targets.chat_template import ChatTemplate, Span, TemplateError, Turn, special_tokens
+from dftserve.targets.answer_spans import answer_spans, is_answer
+from dftserve.targets.chat_template import (
+    ChatTemplate,
+    Span,
+    TemplateError,
+    Turn,
+    UnfitError,
+    special_tokens,
+)
 from dftserve.targets.document import Document
 
 PRIVATE = range(0xF0000, 0xFFFFE)
@@ -38,10 +43,6 @@ CALLS = ("tool_calls", "function_call")
 
 Spelled = Literal["text", "keep", "drop"]
 Learnt = Literal["all", "last"]
-
-
-class UnfitError(ValueError):
-    """A conversation must be left out; the message is the reason, by which it is counted."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,16 @@ def encode(
     turns, notes = _until_last_answer(messages)
     turns = [*map(_with_arguments, turns)]
     marks = _unused(turns, tools, template.source)
-    around = next(marks), next(marks)
     spellings = _Spellings.of(tokenizer, spelled, marks)
     turns = [_replace_spellings(turn, spellings) for turn in turns]
     tools = [*map(spellings.hidden, tools)] if tools else None
     turns, tools, more = _used_fields(template, turns, tools)
     notes += _omitted_turns(template, turns, tools, marks)
     text, marked = template.render(turns, tools)
-    spans = marked if template.marks else _spans(template, turns, tools, text, around)
+    spans = marked if template.marks else answer_spans(template, turns, tools, text, marks)
     spans = _selected_spans(template, turns, spans, learnt)
+    if not _follows_prompt(template, text, spans):
+        notes.append(_unasked(template.header))
     if spellings.hides(text):
         notes.append(READ_AS_TEXT)
     tokens_N, offsets = _tokens(tokenizer, text, spellings, [start for start, _ in spans])
@@ -119,7 +121,7 @@ def _unused(*values: Any) -> Iterator[str]:
 def _until_last_answer(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], list[str]]:
     """Remove what follows the assistant's last turn; returns the turns and notes."""
     turns = [dict(each) for each in messages]
-    last = max((i for i, turn in enumerate(turns) if _is_answer(turn)), default=None)
+    last = max((i for i, turn in enumerate(turns) if is_answer(turn)), default=None)
     if last is None:
         raise UnfitError("no turn of the role 'assistant'")
     notes = [] if last + 1 == len(turns) else [f"cut behind the last answer: {turns[-1]['role']}"]
@@ -129,7 +131,7 @@ def _until_last_answer(messages: Sequence[Turn]) -> tuple[list[dict[str, Any]], 
 def _with_arguments(turn: Turn) -> dict[str, Any]:
     """A turn as vLLM passes it to a template: arguments of tool calls are objects."""
     calls = turn.get("tool_calls")
-    if not _is_answer(turn) or not isinstance(calls, list | tuple):
+    if not is_answer(turn) or not isinstance(calls, list | tuple):
         return dict(turn)
     rest = {key: value for key, value in turn.items() if key != "tool_calls"}
     return {**rest, "tool_calls": [*map(_with_object, calls)]} if calls else rest
@@ -138,7 +140,9 @@ def _with_arguments(turn: Turn) -> dict[str, Any]:
 def _with_object(call: Any) -> Any:
     if not isinstance(call, Mapping):
         raise UnfitError("a tool call that is no object")
-    if isinstance(call.get("function"), Mapping):
+    if not isinstance(call.get("function", {}), Mapping):
+        raise UnfitError("a tool call with a function that is no object")
+    if "function" in call:
         return {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
     return {**call, "arguments": _arguments(call)} if "arguments" in call else call
 
@@ -158,10 +162,6 @@ def _arguments(called: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _replace_spellings(turn: Turn, spellings: "_Spellings") -> dict[str, Any]:
     return {key: value if key == "role" else spellings.hidden(value) for key, value in turn.items()}
-
-
-def _is_answer(turn: Turn) -> bool:
-    return turn.get("role") == "assistant"
 
 
 def _used_fields(
@@ -190,7 +190,7 @@ def _used_fields(
         tools = None
     for turn, before in zip(turns, weighted, strict=True):
         turn["weight"] = before.get("weight", 1)
-        if _is_answer(turn) and not _has_content(turn):
+        if is_answer(turn) and not _has_content(turn):
             turn["weight"] = 0
             notes.append("an empty answer: not learnt")
     return turns, tools, notes
@@ -247,7 +247,7 @@ def _selected_spans(
     template: ChatTemplate, turns: Sequence[Turn], spans: Sequence[Span], learnt: Learnt
 ) -> list[Span]:
     """The spans of the turns to train on."""
-    answers = [turn for turn in turns if _is_answer(turn)]
+    answers = [turn for turn in turns if is_answer(turn)]
     wanted = [bool(turn["weight"]) for turn in answers]
     if learnt == "last":
         wanted = [False] * (len(answers) - 1) + wanted[-1:]
@@ -261,91 +261,23 @@ def _selected_spans(
     return [span for span, each in zip(spans, wanted, strict=True) if each]
 
 
-def _spans(
-    template: ChatTemplate,
-    turns: Sequence[Turn],
-    tools: Sequence[Any] | None,
-    text: str,
-    around: tuple[str, str],
-) -> list[Span]:
-    """The span of each assistant turn, for a template that does not mark them.
-
-    Args:
-        around: two characters, not in the text, to mark the start and end of content with.
-    """
-    last = around[1]
-    for first in (around[0], ""):
-        marked = template.render([_marked(turn, first, last) for turn in turns], tools)[0]
-        if re.sub(f"[{first}{last}]", "", marked) == text:
-            break
-    else:
-        raise UnfitError(
-            f"{template.title} writes an answer otherwise than it is, so its tokens cannot be told;"
-            " mark them there with {% generation %}"
-        )
-    found_marks = [
-        (match[0], match.start() - number)
-        for number, match in enumerate(re.finditer(f"[{first}{last}]", marked))
-    ]
-    answers = [turn for turn in turns if _is_answer(turn)]
-    marks = [last if _marked(turn, first, last) != turn else "" for turn in answers]
-    ends = [position for mark, position in found_marks if mark == last]
-    if len(ends) != sum(map(len, marks)):
-        raise UnfitError(
-            f"{template.title} does not write every answer once, so their tokens cannot be told"
-        )
-    starts = [
-        position if first and opening == first else None
-        for (opening, position), (mark, _) in itertools.pairwise([("", 0), *found_marks])
-        if mark == last
-    ]
-    found = iter(_extended_spans(template, text, starts, ends))
-    return [next(found) if mark else (0, 0) for mark in marks]
+def _unasked(header: str) -> str:
+    """The note on an answer that is not learnt where a server asks for it."""
+    return (
+        f"an answer does not follow {header!r}, with which the chat template asks for one: it is "
+        "not learnt where the server samples it"
+    )
 
 
-def _marked(turn: Turn, first: str, last: str) -> Turn:
-    """An answer with `first` before its content and `last` after its content or tool call."""
-    if not _is_answer(turn):
-        return turn
-    content = turn.get("content") or ""
-    if core := content.strip():
-        at = content.index(core)
-        marked = f"{content[:at]}{first}{core}{last}{content[at + len(core) :]}"
-        return {**turn, "content": marked}
-    if turn.get("tool_calls"):
-        calls = copy.deepcopy(turn["tool_calls"])
-        called = calls[0].get("function", calls[0])
-        called["name"] = f"{called.get('name', '')}{last}"
-        return {**turn, "tool_calls": calls}
-    return turn
-
-
-def _extended_spans(
-    template: ChatTemplate, text: str, starts: Sequence[int | None], ends: Sequence[int]
-) -> Iterator[Span]:
-    """Extend each span from the end of the turn's header to the end of the token that ends it."""
-    before = 0
-    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        next_one = ends[number + 1] if number + 1 < len(ends) else len(text)
-        if template.end is not None:
-            stop = text.find(template.end, end, next_one)
-            end = end if stop < 0 else stop + len(template.end)
-        elif number + 1 == len(ends):
-            end = len(text)
-        limit = ends[number] if start is None else start
-        opened = text.rfind(template.header, before, limit) if template.header else -1
-        if opened >= 0:
-            start = opened + len(template.header)
-        elif start is not None:
-            # A space before a word is part of its token.
-            start = before + len(text[before:start].rstrip(" "))
-        else:
-            raise UnfitError(
-                f"{template.title} does not open the answer as it opens one that is asked for, so "
-                "its tokens cannot be told; mark them there with {% generation %}"
-            )
-        yield start, end
-        before = end
+def _follows_prompt(template: ChatTemplate, text: str, spans: Sequence[Span]) -> bool:
+    """Whether every span begins behind, or in, the text with which the template asks for an
+    answer."""
+    header = template.header
+    return all(
+        text.find(header, max(0, start - len(header)), start + len(header)) >= 0
+        for start, _ in spans
+        if start
+    )
 
 
 def _learns_to_stop(
@@ -421,12 +353,22 @@ class _Spellings:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, spellings: _Spellings, starts: Sequence[int]
 ) -> tuple[np.ndarray, list[Span]]:
-    """int32 [N] tokens and their spans in the text; a token begins at each of `starts`."""
+    """int32 [N] tokens and their spans in the text. The text before each of `starts` has the tokens
+    that it has alone."""
     tokens, offsets = _tokenized(tokenizer, text, spellings)
-    merged = [start for start in starts if any(a < start < b for a, b in offsets)]
+    added = tokenizer.added_tokens_decoder
+    whole = [number in added and b > a + 1 for number, (a, b) in zip(tokens, offsets, strict=True)]
+    merged = []
+    for start in starts:
+        count = next((i for i, (a, _) in enumerate(offsets) if a >= start), len(tokens))
+        # Texts before and behind an added token are tokenised apart.
+        first = next((i for i in reversed(range(count)) if whole[i]), 0)
+        prompt, _ = _tokenized(tokenizer, text[offsets[first][0] : start], spellings)
+        if prompt != tokens[first:count]:
+            merged.append(start)
     if not merged:
         return np.array(tokens, dtype=np.int32), offsets
-    # At inference the prompt is tokenised without the answer, so no token may span both.
+    # At inference the prompt is tokenised without the answer.
     ends = [0, *sorted(merged), len(text)]
     tokens, offsets = [], []
     for start, end in itertools.pairwise(ends):

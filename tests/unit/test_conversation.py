@@ -250,9 +250,10 @@ def test_arguments_that_are_not_an_object_are_refused(core, value):
     messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": value}}]
     with pytest.raises(UnfitError, match="a tool call with arguments that are no"):
         encode(tokenizer_of(core, TOOLS), messages)
-    messages[1]["tool_calls"] = ["f()"]
-    with pytest.raises(UnfitError, match="a tool call that is no object"):
-        encode(tokenizer_of(core, TOOLS), messages)
+    for call, reason in [("f()", "that is no object"), ({"function": "f"}, "with a function that")]:
+        messages[1]["tool_calls"] = [call]
+        with pytest.raises(UnfitError, match=f"a tool call {reason}"):
+            encode(tokenizer_of(core, TOOLS), messages)
 
 
 def test_an_empty_list_of_calls_is_not_noted(core):
@@ -291,6 +292,141 @@ def test_turns_after_the_last_answer_are_cut_and_noted(core, more):
     assert learnt(tokenizer_of(core, CHATML), messages) == [f"stone{END}"]
     with pytest.raises(UnfitError, match="no turn of the role 'assistant'"):
         encode(tokenizer_of(core, CHATML), messages[:1])
+
+
+# Answers whose beginning or end is not that of the simplest answer
+
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CALLED = "{{ c.function.name }} {{ c.function.arguments | tojson }}"
+CALL_ENDS = (  # A call ends with another token than an answer.
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>" + CALLED + "</call>{% endfor %}"
+    "{{ '</s>' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}" + OPENED
+)
+NO_ENDS = CALL_ENDS.replace("{{ '</s>' if m.tool_calls else '<|im_end|>' }}\n", "")
+MESSAGES = (  # One turn may be several messages, and a result repeats the name of the call.
+    "{% set ns = namespace(name='') %}{% for m in messages %}"
+    "{% if m.reasoning_content %}<|im_start|>assistant:thought\n{{ m.reasoning_content }}<|im_end|>"
+    "{% endif %}{% if m.tool_calls %}{% set c = m.tool_calls[0] %}"
+    "{% set ns.name = c.function.name %}<|im_start|>assistant:to " + CALLED + "</s>"
+    "{% elif m.role == 'tool' %}<|im_start|>{{ ns.name }}:\n{{ m.content }}<|im_end|>"
+    "{% else %}<|im_start|>{{ m.role }}:says\n{{ m.content }}"
+    "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+INSIDE = (  # The result of a call is written before the content of the turn that calls.
+    "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}{% set c = m.tool_calls[0] %}<call>" + CALLED + "</call>"
+    "{{ messages[loop.index0 + 1].content }}{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}" + OPENED
+)
+DIFFERS = NO_ENDS.replace("</call>", "</call>{{ '.' if last else ',' }}").replace(
+    "{% for m in messages %}", "{% for m in messages %}{% set last = loop.last %}", 1
+)
+TWO_ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s><|im_end|>\n{% endfor %}"
+    + OPENED
+)
+
+
+def calling(content: str = "", **fields) -> list[dict]:
+    return [
+        {"role": "user", "content": "the river"},
+        {"role": "assistant", "content": content, "tool_calls": [CALL], **fields},
+        {"role": "tool", "content": "an old stone"},
+        {"role": "assistant", "content": "quiet winter"},
+    ]
+
+
+ARGUMENTS = json.dumps(CALL["function"]["arguments"])
+
+
+@pytest.mark.parametrize("content", ["", "well then"])
+@pytest.mark.parametrize(
+    ("template", "call", "answer"),
+    [
+        (CALL_ENDS, f"<call>look {ARGUMENTS}</call></s>", f"quiet winter{END}"),
+        (NO_ENDS, f"<call>look {ARGUMENTS}</call>", "quiet winter"),
+    ],
+)
+def test_a_call_is_learnt_to_its_own_end(core, template, call, answer, content):
+    """Neither cut within its arguments, nor on into the turn with its result."""
+    tokenizer = tokenizer_of(core, template)
+    assert learnt(tokenizer, calling(content)) == [content + call, answer]
+    assert learnt(tokenizer, calling(content)[:2]) == [content + call]
+
+
+def test_every_message_of_a_turn_is_learnt(core):
+    """Its reasoning too, although its content follows a header of its own."""
+    tokenizer = tokenizer_of(core, MESSAGES)
+    messages = calling()
+    messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = "old?"
+    thought = f":thought\nold?{END}{BEGIN}assistant"
+    call = f"{thought}:to look {ARGUMENTS}</s>"
+    assert learnt(tokenizer, messages) == [call, f"{thought}:says\nquiet winter</s>"]
+    assert learnt(tokenizer, messages[:2]) == [call]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [(INSIDE, "writes other turns inside an answer"), (DIFFERS, "ends a call otherwise")],
+)
+def test_an_answer_whose_tokens_cannot_be_told_is_refused(core, template, reason):
+    with pytest.raises(UnfitError, match=reason):
+        encode(tokenizer_of(core, template), calling("well then"))
+
+
+def test_a_call_is_refused_where_the_template_needs_what_follows_it(core):
+    """Its end cannot be told without a rendering that ends with it."""
+    needs = "{% if messages[-1].tool_calls %}{{ raise_exception('No result') }}{% endif %}"
+    with pytest.raises(UnfitError, match="ends a call otherwise"):
+        encode(tokenizer_of(core, needs + NO_ENDS), calling())
+    assert learnt(tokenizer_of(core, needs + CHATML), FOUR)[-1] == f"quiet winter{END}"
+
+
+def test_all_tokens_that_end_a_turn_are_learnt(core):
+    expected = [f"old stone</s>{END}", f"quiet winter</s>{END}"]
+    assert learnt(tokenizer_of(core, TWO_ENDS), FOUR) == expected
+
+
+def test_blanks_that_an_answer_begins_with_are_learnt_without_a_header(core):
+    """A template that does not ask for an answer shows no header."""
+    template = MISTRAL.replace(" | trim", "")
+    messages = turns("the river", "\n\nold stone")
+    assert learnt(tokenizer_of(core, template), messages) == [" \n\nold stone</s>"]
+
+
+def test_an_answer_that_does_not_follow_the_prompt_of_a_server_is_noted(core):
+    asks = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    messages = turns("the river", "old stone", "the garden", "quiet winter")
+    note = encode(tokenizer_of(core, asks), messages).notes
+    assert len(note) == 1
+    assert "does not follow" in note[0]
+    assert "<think>" in note[0]
+    for turn in messages[1::2]:
+        turn["content"] = f"<think>\nold?\n</think>\n\n{turn['content']}"
+    assert encode(tokenizer_of(core, asks), messages).notes == ()
+    marked = MARKED % ("{% generation %}", "{% endgeneration %}")
+    ending = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    assert encode(tokenizer_of(core, marked + ending), FOUR).notes == note
+
+
+def test_the_prompt_before_an_answer_has_the_tokens_that_a_server_gives_it(core):
+    """Alone, the blanks at its end may be one token, and several before a word."""
+    template = CHATML.replace("{{ m.role }}\n", "{{ m.role }}\n\n").replace(
+        "assistant\n", "assistant\n\n"
+    )
+    tokenizer = tokenizer_of(core, template)
+    messages = turns("the river", "old stone")
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert whole[: len(prompt)] != prompt
+    document = encode(tokenizer, messages).document
+    assert document.tokens_N[: len(prompt)].tolist() == prompt
+    assert document.positions_T[0] == len(prompt)
+    assert tokenizer.decode(document.tokens_N) == tokenizer.decode(whole)
 
 
 # Special tokens that a text spells
