@@ -69,20 +69,35 @@ class DiversityProcessor(*_BASES):
         """
         if is_disabled():
             return
-        policy.check_carried(sampling_params)
-        styles = engine.styles()
-        diversity, style = asked(sampling_params, styles)
-        if style is not None and (reason := styles.refusal_of(style)) is not None:
-            raise ValueError(reason)
-        if is_greedy(sampling_params):
-            reason = groups.greedy_clash(sampling_params.temperature, diversity)
-        else:
-            reason = _refusal_of_sampling(sampling_params, styles)
-        if reason is not None:
-            raise ValueError(reason)
-        is_off = diversity.is_off and (style is None or style.is_off)
-        if not is_off and (reason := engine.refusal_of(diversity)) is not None:
-            raise ValueError(f"diversity: {reason}")
+        try:
+            _check(sampling_params)
+        except ValueError:
+            from dftserve_vllm import metrics  # Not for the workers, which import this module too.
+
+            # Reached on routes that do not read the field, such as /inference/v1/generate.
+            metrics.metrics().count_refusal()
+            raise
+
+
+def _check(sampling_params: "SamplingParams") -> None:
+    """
+    Raises:
+        ValueError: see `DiversityProcessor.validate_params`.
+    """
+    policy.check_carried(sampling_params)
+    styles = engine.styles()
+    diversity, style = asked(sampling_params, styles)
+    if style is not None and (reason := styles.refusal_of(style)) is not None:
+        raise ValueError(reason)
+    if is_greedy(sampling_params):
+        reason = groups.greedy_clash(sampling_params.temperature, diversity)
+    else:
+        reason = _refusal_of_sampling(sampling_params, styles)
+    if reason is not None:
+        raise ValueError(reason)
+    is_off = diversity.is_off and (style is None or style.is_off)
+    if not is_off and (reason := engine.refusal_of(diversity)) is not None:
+        raise ValueError(f"diversity: {reason}")
 
 
 def _refusal_of_sampling(params: "SamplingParams", styles: Styles) -> str | None:
