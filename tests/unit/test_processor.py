@@ -2,12 +2,13 @@
 rows, faults and preemptions."""
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dftserve_vllm import engine
+from dftserve_vllm import engine, metrics
 from dftserve_vllm import processor as processor_module
 from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.request_context import ChoiceStatistics
@@ -300,3 +301,17 @@ def test_v2_changes_nothing_while_the_controls_on_the_device_are_outdated(v2, mo
     assert v2.stats.faults == 1
     monkeypatch.undo()
     assert is_changed_by(v2, [1, 2]) == [True, False]
+
+
+@pytest.mark.parametrize(("value", "refused"), [(7, 1), (0.5, 0)])
+def test_a_refusal_on_a_route_without_the_field_is_counted(value, refused):
+    """vLLM answers the error of `validate_params` with a 400."""
+    before = _refused()
+    with pytest.raises(ValueError, match="diversity") if refused else nullcontext():
+        DiversityProcessor.validate_params(params(value))
+    assert _refused() - before == refused
+
+
+def _refused() -> float:
+    samples = (each for family in metrics.metrics().refused.collect() for each in family.samples)
+    return sum(each.value for each in samples if each.name == "dft:requests_refused_total")

@@ -6,12 +6,15 @@ constructing it returns the implementation for the runner that constructs it.
 """
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 
 from dftserve_vllm import engine, groups, is_disabled, policy
 from dftserve_vllm.extra_args import active, asked, is_greedy, too_many_stop_ids
+from dftserve_vllm.memory_pools import outside_pools
 from dftserve_vllm.styles import Styles
 
 try:
@@ -51,7 +54,8 @@ class DiversityProcessor(*_BASES):
             from dftserve_vllm.v1 import V1Processor as Processor
         else:
             from dftserve_vllm.v2 import V2Processor as Processor
-        processor = Processor(vllm_config, *args, **kwargs)
+        build = partial(Processor, vllm_config, *args, **kwargs)
+        processor = outside_pools(_device((*args, *kwargs.values())), build)
         _made[id(vllm_config)] = processor
         return processor
 
@@ -65,20 +69,35 @@ class DiversityProcessor(*_BASES):
         """
         if is_disabled():
             return
-        policy.check_carried(sampling_params)
-        styles = engine.styles()
-        diversity, style = asked(sampling_params, styles)
-        if style is not None and (reason := styles.refusal_of(style)) is not None:
-            raise ValueError(reason)
-        if is_greedy(sampling_params):
-            reason = groups.greedy_clash(sampling_params.temperature, diversity)
-        else:
-            reason = _refusal_of_sampling(sampling_params, styles)
-        if reason is not None:
-            raise ValueError(reason)
-        is_off = diversity.is_off and (style is None or style.is_off)
-        if not is_off and (reason := engine.refusal_of(diversity)) is not None:
-            raise ValueError(f"diversity: {reason}")
+        try:
+            _check(sampling_params)
+        except ValueError:
+            from dftserve_vllm import metrics  # Not for the workers, which import this module too.
+
+            # Reached on routes that do not read the field, such as /inference/v1/generate.
+            metrics.metrics().count_refusal()
+            raise
+
+
+def _check(sampling_params: "SamplingParams") -> None:
+    """
+    Raises:
+        ValueError: see `DiversityProcessor.validate_params`.
+    """
+    policy.check_carried(sampling_params)
+    styles = engine.styles()
+    diversity, style = asked(sampling_params, styles)
+    if style is not None and (reason := styles.refusal_of(style)) is not None:
+        raise ValueError(reason)
+    if is_greedy(sampling_params):
+        reason = groups.greedy_clash(sampling_params.temperature, diversity)
+    else:
+        reason = _refusal_of_sampling(sampling_params, styles)
+    if reason is not None:
+        raise ValueError(reason)
+    is_off = diversity.is_off and (style is None or style.is_off)
+    if not is_off and (reason := engine.refusal_of(diversity)) is not None:
+        raise ValueError(f"diversity: {reason}")
 
 
 def _refusal_of_sampling(params: "SamplingParams", styles: Styles) -> str | None:
@@ -95,6 +114,13 @@ def _runner_base(given: tuple[Any, ...]) -> type:
     """The base class of the runner that constructs us: only V2 passes its request state."""
     is_v2 = any(isinstance(one, _V2_STATE) for one in given)
     return _BASES[-1] if is_v2 else V1Base
+
+
+def _device(given: tuple[Any, ...]) -> torch.device:
+    """The device that the runner passes: V1 by itself, V2 in its request state. The CPU if it is
+    missing, which the processor's constructor reports."""
+    carried = (getattr(each, "device", each) for each in given)
+    return next((each for each in carried if isinstance(each, torch.device)), torch.device("cpu"))
 
 
 def _inert(base: type) -> Any:
