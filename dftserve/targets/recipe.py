@@ -23,7 +23,7 @@ shares, so the other parts then share its weight; those of `geomix` are exponent
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -256,16 +256,11 @@ class _Given:
 def teacher_models(recipe: Recipe) -> Iterator[str]:
     """Folders or names of all models that a recipe's sources load, including those of
     principles."""
-    waiting: list[Any] = [recipe.source]
-    while waiting:
-        given = waiting.pop()
-        if isinstance(given, Mapping):
-            teacher = given.get("teacher")
-            if isinstance(teacher, Mapping) and "model" in teacher:
-                yield str(teacher["model"])
-            waiting += given.values()
-        elif isinstance(given, list | tuple):
-            waiting += given
+    for each in _loaded(recipe.source):
+        if isinstance(each, _Teacher):
+            yield each.model
+        elif isinstance(each, _Principles | _Calibrated):
+            yield each.teacher.model
 
 
 def students(recipe: Recipe) -> Iterator[str]:
@@ -277,18 +272,7 @@ def students(recipe: Recipe) -> Iterator[str]:
 
 def counts_answers(recipe: Recipe) -> bool:
     """Whether any source counts how often each answer is given to a prompt."""
-    return "references" in _kinds(recipe.source)
-
-
-def _kinds(source: Any) -> Iterator[str]:
-    """The kinds of a source and of those nested in it."""
-    kind, config = _kind_and_config(source, "source")
-    yield kind
-    if kind in _MIXES:
-        for part, _ in _weighted_parts(config, kind):
-            yield from _kinds(part)
-    elif kind in ("temper", "tilt"):
-        yield from _kinds(config["of"])
+    return any(isinstance(each, _References) for each in _loaded(recipe.source))
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -312,18 +296,24 @@ def principles(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 def _loaded(source: Any) -> Iterator[object]:
     """The settings of a source and of those nested in it."""
-    kind, config = _kind_and_config(source, "source")
+    loaded, nested = _read(*_kind_and_config(source, "source"), "source")
+    if loaded is not None:
+        yield loaded
+    for part in nested.values():
+        yield from _loaded(part)
+
+
+def _read(kind: str, config: Any, where: str) -> tuple[object | None, dict[str, Any]]:
+    """The settings of a source, None of a mix, and the sources directly in it by their places."""
+    where = f"{where}.{kind}"
     if kind in _MIXES:
-        for part, _ in _weighted_parts(config, kind):
-            yield from _loaded(part)
-        return
-    loaded = settings.load(_KINDS[kind], config, kind)
-    yield loaded
+        parts = enumerate(_weighted_parts(config, where))
+        return None, {f"{where}[{i}]": part for i, (part, _) in parts}
+    loaded = settings.load(_KINDS[kind], config, where)
     if isinstance(loaded, _Temper | _Tilt):
-        yield from _loaded(loaded.of)
-    if isinstance(loaded, _Calibrated):
-        for part in loaded.others:
-            yield from _loaded(part)
+        return loaded, {f"{where}.of": loaded.of}
+    others = loaded.others if isinstance(loaded, _Calibrated) else ()
+    return loaded, {f"{where}.others[{i}]": part for i, part in enumerate(others)}
 
 
 @dataclass(frozen=True)
@@ -358,20 +348,12 @@ def _checked(given: Any, where: str, within: _Within = _Within()) -> None:
             "reads every token's probability; accepted: served as the only source, or the model "
             "loaded as a teacher."
         )
-    if kind in _MIXES:
-        parts = list(_weighted_parts(config, f"{where}.{kind}"))
-        inner = within.of(kind)
-        if _is_used_alone(kind, parts):
-            inner = dataclasses.replace(inner, combined=within.combined)
-        for i, (part, _) in enumerate(parts):
-            _checked(part, f"{where}.{kind}[{i}]", inner)
-        return
-    loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
-    if isinstance(loaded, _Temper | _Tilt):
-        _checked(loaded.of, f"{where}.{kind}.of", within.of(kind))
-    if isinstance(loaded, _Calibrated):
-        for i, part in enumerate(loaded.others):
-            _checked(part, f"{where}.{kind}.others[{i}]", within.of(kind))
+    _, nested = _read(kind, config, where)
+    inner = within.of(kind)
+    if kind in _MIXES and _is_used_alone(kind, _weighted_parts(config, kind)):
+        inner = dataclasses.replace(inner, combined=within.combined)
+    for place, part in nested.items():
+        _checked(part, place, inner)
 
 
 _KNOW_THE_TEXT = {
@@ -383,7 +365,7 @@ _KNOW_THE_TEXT = {
 """Kinds that cannot be a part of a fitted mixture: why, and what to do."""
 
 
-def _is_used_alone(kind: str, parts: Sequence[tuple[Mapping[str, Any], float]]) -> bool:
+def _is_used_alone(kind: str, parts: Iterable[tuple[Mapping[str, Any], float]]) -> bool:
     """Whether one part of a mix may be used as it is: without another, or with references that are
     left out if no prompt has two answers."""
     others = [(part, weight) for part, weight in parts if "references" not in part]
