@@ -1,7 +1,21 @@
-"""Cells of tables: figures with their intervals, from the results."""
+"""Tables in Markdown, and their cells: figures with their intervals, from the results."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+def table(head: str, rows: Iterable[Iterable[str]], caption: str | None = None) -> str:
+    """
+    Args:
+        head: the first line, as in Markdown.
+        rows: cells.
+    """
+    lines = [
+        head,
+        f"|{'---|' * (head.count('|') - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines if caption is None else [*lines, "", caption])
 
 
 def interval(found: Mapping[str, float | None], digits: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cells import TOO_SHORT, interval, left_out, percent
+from cells import TOO_SHORT, interval, left_out, percent, table
 
 PEOPLE, BASE, START = "people", "base", "start"
 STOCK, SETTING = "stock, T 1", "`words` .25"
@@ -24,7 +24,7 @@ def models(document: Mapping[str, Any]) -> str:
     story, texts = document["stories"], document["texts"]
     tasks = {"IFEval": "ifeval", "MMLU": "mmlu", "unreadable": "mmlu_unreadable"}
     columns = ["", *MEASURED, "too short", *tasks, *(f"perplexity: {name}" for name in perplexity)]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    rows = []
     for name, row in {PEOPLE: story[PEOPLE], **story["rows"]}.items():
         cells = [interval(row[key], digits) for key, digits in MEASURED.values()]
         cells.append(left_out(row))
@@ -34,10 +34,9 @@ def models(document: Mapping[str, Any]) -> str:
         for source in perplexity:
             is_shown = setting == STOCK  # The field does not change how a text is scored.
             cells.append(interval(perplexity[source][model], 1) if is_shown else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *cells])
     count = story["prompts"] * story["answers_to_each"]
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed a row: {count} stories for each row "
         f"of a model, {accuracy['ifeval'][f'{START}, {STOCK}']['count']} prompts of IFEval, "
         f"{accuracy['mmlu'][f'{START}, {STOCK}']['count']} questions of MMLU, of which a share of "
@@ -45,17 +44,15 @@ def models(document: Mapping[str, Any]) -> str:
         f"the models made from it on {texts['train']} people's stories; {texts['measure']} other "
         f"stories by people are for comparison. 95 % intervals. {TOO_SHORT}"
     )
-    return "\n".join(lines)
+    return table(f"| {' | '.join(columns)} |", rows, caption)
 
 
 def targets(document: Mapping[str, Any]) -> str:
     """For each model made from the start, with the field, what was reached of each target."""
     made = [name for name in document["bits_per_byte"]["stories"] if name not in (BASE, START)]
     columns = ["compared with the start", "target", *(f"{name}, {SETTING}" for name in made)]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for label, target, cell in ROWS:
-        lines.append(f"| {label} | {target} | {' | '.join(cell(document, m) for m in made)} |")
-    return "\n".join(lines)
+    rows = ([label, target, *(cell(document, m) for m in made)] for label, target, cell in ROWS)
+    return table(f"| {' | '.join(columns)} |", rows)
 
 
 def share_of_peoples_sds(document: Mapping[str, Any], model: str) -> str:
