@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dftserve.targets.document import Document
-    from dftserve.targets.source import Source
+    from dftserve.targets.ngram import Ngram
+    from dftserve.targets.source import DenseSource, Source
     from dftserve.targets.teacher import Teacher
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -650,33 +651,41 @@ class _Calibrated:
             CrossFitted.read(Path(self.students))
 
     def build(self, given: _Given) -> "Source":
-        from dftserve.targets.cache import Cache
-        from dftserve.targets.calibrated import (
-            NGRAM,
-            STUDENTS,
-            TEACHER,
-            Calibrated,
-            Fit,
-            calibrate,
-        )
-        from dftserve.targets.combine import dense
-        from dftserve.targets.in_context import InContext
+        from dftserve.targets.calibrated import Calibrated, Fit, calibrate
         from dftserve.targets.ngram import Ngram
-        from dftserve.targets.source import DenseSource
-        from dftserve.targets.students import Students
 
-        train, heldout = given.documents["train"], given.documents["heldout"]
         teacher = self.teacher.build(given)
         # Weights are fitted on held-out texts, whose groups are not counted at all: to match,
         # the counts for a training text leave out its group.
         given = dataclasses.replace(given, leaves_out="group")
         ngram = Ngram(
-            train,
+            given.documents["train"],
             vocabulary=given.vocabulary,
             order=max(self.orders),
             min_count=self.min_count,
             leaves_out=given.leaves_out,
         )
+        parts, heldout = self._parts(teacher, ngram, given), given.documents["heldout"]
+        found = calibrate(
+            parts,
+            ngram,
+            heldout,
+            bins=self.bins,
+            fit=Fit(tokens=self.tokens, folds=self.folds, shrinkage=self.shrinkage),
+            known=given.known,
+            say=given.say,
+        )
+        return Calibrated(parts, ngram, found, bins=self.bins, heldout=heldout)
+
+    def _parts(self, teacher: "Teacher", ngram: "Ngram", given: _Given) -> "dict[str, DenseSource]":
+        """The components by name."""
+        from dftserve.targets.cache import Cache
+        from dftserve.targets.calibrated import NGRAM, STUDENTS, TEACHER
+        from dftserve.targets.combine import dense
+        from dftserve.targets.in_context import InContext
+        from dftserve.targets.students import Students
+
+        train = given.documents["train"]
         parts: dict[str, DenseSource] = {TEACHER: teacher}
         if self.in_context:
             parts["in context"] = InContext(
@@ -698,16 +707,7 @@ class _Calibrated:
             )
         for i, other in enumerate(self.others, 1):
             parts[f"{next(iter(other))} ({i})"] = dense(_built(other, given), "calibrated")
-        found = calibrate(
-            parts,
-            ngram,
-            heldout,
-            bins=self.bins,
-            fit=Fit(tokens=self.tokens, folds=self.folds, shrinkage=self.shrinkage),
-            known=given.known,
-            say=given.say,
-        )
-        return Calibrated(parts, ngram, found, bins=self.bins, heldout=heldout)
+        return parts
 
 
 _KINDS: Mapping[str, type] = {
