@@ -1,12 +1,31 @@
-"""Cells of tables: figures with their intervals, from the results."""
+"""Tables in Markdown, and their cells: figures with their intervals, from the results."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+def table(head: str, rows: Iterable[Iterable[str]], caption: str | None = None) -> str:
+    """
+    Args:
+        head: the first line, as in Markdown.
+        rows: cells.
+    """
+    lines = [
+        head,
+        f"|{'---|' * (head.count('|') - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines if caption is None else [*lines, "", caption])
 
 
 def interval(found: Mapping[str, float | None], digits: int) -> str:
     value, low, high = found["value"], found["low"], found["high"]
     return f"{value:.{digits}f} [{max(low or 0.0, 0.0):.{digits}f}, {high:.{digits}f}]"
+
+
+def change(found: Mapping[str, float], digits: int) -> str:
+    """A difference with its sign."""
+    return f"{found['value']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
 
 
 def percent(found: Mapping[str, float]) -> str:

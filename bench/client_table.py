@@ -3,27 +3,21 @@
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import cells
+
 Row = dict[str, Any]
 
 HEADER = "x-dftserve-diversity"
-HEAD = (
-    "client",
-    "route",
-    "where the field is put",
-    "the field",
-    "answer",
-    "stream",
-    "a wrong value",
-)
+HEAD = "| client | route | where the field is put | the field | answer | stream | a wrong value |"
 
 
 def table(document: dict[str, Any]) -> str:
-    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    lines = []
     for rows in _merged(document["rows"]):
         routes = ", ".join(dict.fromkeys(row["route"] for row in rows))
         where = _places(rows, document["rows"])
-        lines.append(f"| {' | '.join([rows[0]['client'], routes, where, *fate(rows[0])])} |")
-    return "\n".join(lines)
+        lines.append([rows[0]["client"], routes, where, *fate(rows[0])])
+    return cells.table(HEAD, lines)
 
 
 def _places(rows: list[Row], known: list[Row]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cells import TOO_SHORT, interval, left_out, percent
+from cells import TOO_SHORT, interval, left_out, percent, table
 
 PEOPLE, BASE, START = "people", "base", "start"
 STOCK = "stock, T 1"
@@ -26,7 +26,7 @@ def models(document: Mapping[str, Any]) -> str:
     story, texts = document["stories"], document["texts"]
     tasks = {"IFEval": "ifeval", "MMLU": "mmlu", "unreadable": "mmlu_unreadable"}
     columns = ["", *MEASURED, "too short", *tasks, *(f"perplexity: {name}" for name in perplexity)]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    rows = []
     for name, row in {PEOPLE: story[PEOPLE], **story["rows"]}.items():
         cells = [interval(row[key], digits) for key, digits in MEASURED.values()]
         cells.append(left_out(row))
@@ -36,10 +36,9 @@ def models(document: Mapping[str, Any]) -> str:
         for source in perplexity:
             is_shown = setting == STOCK  # The field does not change how a text is scored.
             cells.append(interval(perplexity[source][model], 1) if is_shown else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *cells])
     count = story["prompts"] * story["answers_to_each"]
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/headline.py`, SmolLM2-135M-Instruct, one seed per row: {count} stories for each "
         f"row of a model, {accuracy['ifeval'][f'{START}, {STOCK}']['count']} prompts of IFEval, "
         f"{accuracy['mmlu'][f'{START}, {STOCK}']['count']} questions of MMLU, of which a share of "
@@ -47,21 +46,21 @@ def models(document: Mapping[str, Any]) -> str:
         f"the models made from it on {texts['train']} people's stories; {texts['measure']} other "
         f"stories by people are for comparison. 95 % intervals. {TOO_SHORT}"
     )
-    return "\n".join(lines)
+    return table(f"| {' | '.join(columns)} |", rows, caption)
 
 
 def targets(document: Mapping[str, Any]) -> str:
     """What each model made from the start reaches of each target, by setting."""
     made = [name for name in document["bits_per_byte"]["stories"] if name not in (BASE, START)]
     columns = ["compared with the start", *COLUMNS]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines.append(f"| target | {' | '.join(target for target, _ in COLUMNS.values())} |")
-    for model in made:
-        for setting in SETTINGS:
-            if f"{model}, {setting}" in document["stories"]["rows"]:
-                cells = [cell(document, model, setting) for _, cell in COLUMNS.values()]
-                lines.append(f"| {model}, {setting} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [["target", *(target for target, _ in COLUMNS.values())]]
+    rows += (
+        [f"{model}, {setting}", *(cell(document, model, setting) for _, cell in COLUMNS.values())]
+        for model in made
+        for setting in SETTINGS
+        if f"{model}, {setting}" in document["stories"]["rows"]
+    )
+    return table(f"| {' | '.join(columns)} |", rows)
 
 
 def share_of_peoples_sds(document: Mapping[str, Any], model: str, setting: str) -> str:

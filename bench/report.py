@@ -7,7 +7,7 @@ A table is placed between `<!-- table: NAME -->` and `<!-- end -->`.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import gpu_table
 import headline_table
 import laws_table
 import soak_table
-from cells import TOO_SHORT, interval, left_out, percent
+from cells import TOO_SHORT, change, interval, left_out, percent, table
 
 import client_table
 from ratios import shown
@@ -43,8 +43,8 @@ def written(text: str, name: str) -> str:
     pattern = re.compile(rf"({mark}\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the document has no marker for the table {name!r}: {mark}")
-    table = TABLES[name](document)
-    return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+    made = TABLES[name](document)
+    return pattern.sub(lambda match: f"{match[1]}{made}\n{match[2]}", text)
 
 
 def overhead(document: dict[str, Any]) -> str:
@@ -91,19 +91,19 @@ def real_cost(document: dict[str, Any]) -> str:
         "min-p .02, T 1.3": "min_p",
         "top-p .95": "top_p",
     }
-    lines = [f"| | requests | {' | '.join(ways)} |", f"|{'---|' * (len(ways) + 2)}"]
-    for label, key in {"throughput": "throughput", "first token after": "first_token"}.items():
-        for row in document["rows"]:
-            cells = " | ".join(shown(row[key][way]) for way in ways.values())
-            lines.append(f"| {label} | {row['requests']} | {cells} |")
-    lines.append("")
-    lines.append(
+    measured = {"throughput": "throughput", "first token after": "first_token"}
+    rows = [
+        [label, str(row["requests"]), *(shown(row[key][way]) for way in ways.values())]
+        for label, key in measured.items()
+        for row in document["rows"]
+    ]
+    caption = (
         f"`bench/real_cost.py`: SmolLM2-135M-Instruct in one engine; {document['pairs']} rounds of "
         f"each variant, in turns, with {document['tokens']} tokens per answer; medians of the "
         "ratios to stock vLLM. For throughput higher is better, for the time to the first token "
         "lower."
     )
-    return "\n".join(lines)
+    return table(f"| | requests | {' | '.join(ways)} |", rows, caption)
 
 
 def sampler(document: dict[str, Any]) -> str:
@@ -122,23 +122,19 @@ def sampler(document: dict[str, Any]) -> str:
 
 def ratios(head: list[str], rows: list[tuple[tuple[int, int], list[dict[str, Any]]]]) -> str:
     """A table of ratios, with a row for each (vocabulary, count)."""
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for (vocabulary, count), found in rows:
-        cells = [f"{vocabulary:,}", str(count), *map(shown, found)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = ([f"{size:,}", str(count), *map(shown, found)] for (size, count), found in rows)
+    return table(f"| {' | '.join(head)} |", cells)
 
 
 def real(document: dict[str, Any]) -> str:
     """People's stories and a real model's, with selected settings, the most errors first."""
     columns = {name: STORY_COLUMNS[name] for name in ("errors", "AI phrases", "self-BLEU", "SDS")}
-    table = stories(columns, {name: document["rows"][name] for name in IN_README})
-    return f"{table}\n\n{story_caption(document)}"
+    rows = {name: document["rows"][name] for name in IN_README}
+    return stories(columns, rows, story_caption(document))
 
 
 def every_setting(document: dict[str, Any]) -> str:
-    table = stories(STORY_COLUMNS, document["rows"])
-    return f"{table}\n\n{story_caption(document)} {TOO_SHORT}"
+    return stories(STORY_COLUMNS, document["rows"], f"{story_caption(document)} {TOO_SHORT}")
 
 
 IN_README = (
@@ -154,14 +150,15 @@ IN_README = (
 )
 
 
-def stories(columns: dict[str, Callable[[dict[str, Any]], str]], rows: dict[str, Any]) -> str:
+def stories(
+    columns: dict[str, Callable[[dict[str, Any]], str]], rows: dict[str, Any], caption: str
+) -> str:
     """A table with people's row first, then the most errors first."""
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    lines = []
     for name in sorted(rows, key=lambda n: (n != "people", -rows[n]["errors"]["value"])):
-        cells = [cell(rows[name]) for cell in columns.values()]
         label = re.sub(r"`(\w+)` ([\d.]+)", r"`diversity` \2, law `\1`", name)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([label, *(cell(rows[name]) for cell in columns.values())])
+    return table(f"| | {' | '.join(columns)} |", lines, caption)
 
 
 def story_caption(document: dict[str, Any]) -> str:
@@ -201,10 +198,7 @@ def words(document: dict[str, Any]) -> str:
     questions = document["mmlu"]["rows"]
     measured = {"errors": 2, "unknown": 2, "self_bleu": 1}
     shares = {"followed": followed, "right": questions, "unreadable": questions}
-    lines = [
-        "| | errors | unknown words | self-BLEU | IFEval | MMLU right | MMLU unreadable |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     named = {**essays, **followed, **questions}
     for name in sorted(named, key=lambda n: -essays.get(n, NOTHING)["errors"]["value"]):
         cells = [
@@ -212,10 +206,9 @@ def words(document: dict[str, Any]) -> str:
             for key, digits in measured.items()
         ]
         cells += [percent(rows[name][key]) if name in rows else "" for key, rows in shares.items()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append([name, *cells])
     first, others, ifeval = document["essays"], document["other_essays"], document["ifeval"]
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/words.py`: SmolLM2-135M-Instruct; {others['prompts']} essay prompts, "
         f"{others['answers_to_each']} answers each; IFEval: the share of {ifeval['prompts']} "
         "prompts all of whose instructions were followed; MMLU: shares of "
@@ -225,7 +218,8 @@ def words(document: dict[str, Any]) -> str:
         "law should be the default; the prompts shown here were added after that, and the decision "
         f"is based on them alone. Differences in errors: {_differences(others['against'])}."
     )
-    return "\n".join(lines)
+    head = "| | errors | unknown words | self-BLEU | IFEval | MMLU right | MMLU unreadable |"
+    return table(head, lines, caption)
 
 
 NOTHING = {"errors": {"value": 0.0}}
@@ -252,21 +246,18 @@ def variety(document: dict[str, Any]) -> str:
     measured = {"distinct": 2, "alike": 3, "openings": 3, "self_bleu": 1, "errors": 2}
     rows = document["rows"]
     lines = [
-        "| | meanings of 8 | mean cosine | same opening | self-BLEU | errors |",
-        "|---|---|---|---|---|---|",
+        [name, *(interval(rows[name][key], digits) for key, digits in measured.items())]
+        for name in sorted(rows, key=lambda n: rows[n]["distinct"]["value"])
     ]
-    for name in sorted(rows, key=lambda n: rows[n]["distinct"]["value"]):
-        cells = [interval(rows[name][key], digits) for key, digits in measured.items()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/variety.py`: SmolLM2-135M-Instruct, {document['answers_to_each']} answers of at "
         f"most {document['max_tokens']} tokens to each of {document['prompts']} prompts of "
         "NoveltyBench. Two answers have the same meaning if their cosine by a sentence encoder "
         f"({document['encoder']}) is at least {document['same_meaning']}. Same opening: pairs that "
         "begin with the same three words. Errors per 100 words; 95 % intervals."
     )
-    return "\n".join(lines)
+    head = "| | meanings of 8 | mean cosine | same opening | self-BLEU | errors |"
+    return table(head, lines, caption)
 
 
 def prompted(document: dict[str, Any]) -> str:
@@ -274,91 +265,83 @@ def prompted(document: dict[str, Any]) -> str:
     followed = document["followed"]
     settings = list(dict.fromkeys(name.partition(", ")[2] for name in followed))
     ways = {"verbalised": "verbalised sampling", "seed": "string seed of thought"}
-    lines = [f"| answers in the form asked for | {' | '.join(settings)} |"]
-    lines.append(f"|---|{'---|' * len(settings)}")
-    for way, label in ways.items():
-        cells = [percent(followed[f"{way}, {setting}"]) for setting in settings]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append(
+    rows = (
+        [label, *(percent(followed[f"{way}, {setting}"]) for setting in settings)]
+        for way, label in ways.items()
+    )
+    caption = (
         f"`bench/prompted.py`: SmolLM2-135M-Instruct, one answer of at most "
         f"{document['max_tokens']} tokens to each of {document['prompts']} prompts of "
         "NoveltyBench within each prompt; 95 % intervals."
     )
-    return "\n".join(lines)
+    return table(f"| answers in the form asked for | {' | '.join(settings)} |", rows, caption)
 
 
 def long_texts(document: dict[str, Any]) -> str:
     """The first and the last fifth of long texts, and the change between them, by setting."""
-    measured = {
-        "errors": ("errors", 2),
-        "unknown words": ("unknown", 2),
-        "repeated": ("repeated", 3),
-    }
-    columns = [f"{name}: {part}" for name in measured for part in ("first", "last", "change")]
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for setting, row in document["rows"].items():
-        cells = [
-            interval(row[part][key], digits)
-            for key, digits in measured.values()
-            for part in ("1", "5", "change")
-        ]
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append(
+    named = {"errors": "errors", "unknown": "unknown words", "repeated": "repeated"}
+    digits = {"errors": 2, "unknown": 2, "repeated": 3}
+    columns = [f"{name}: {part}" for name in named.values() for part in ("first", "last", "change")]
+
+    def cells(row: dict[str, Any]) -> Iterator[str]:
+        for key in named:
+            yield interval(row["1"][key], digits[key])
+            yield interval(row["5"][key], digits[key])
+            yield change(row["change"][key], digits[key])
+
+    rows = ([setting, *cells(row)] for setting, row in document["rows"].items())
+    caption = (
         f"`bench/long_texts.py`: SmolLM2-135M-Instruct, one text of exactly {document['tokens']:,} "
         f"tokens to each of {document['prompts']} story prompts; first and last fifth of each "
         "text. Errors and unknown words per 100 words; repeated: the share of runs of four words "
         "that occur earlier in the same text; 95 % intervals."
     )
-    return "\n".join(lines)
+    return table(f"| | {' | '.join(columns)} |", rows, caption)
 
 
 def forms(document: dict[str, Any]) -> str:
     """Shares of answers that keep a form or language, by setting."""
     named = list(document["tasks"])
-    lines = [f"| | {' | '.join(named)} |", f"|---|{'---|' * len(named)}"]
-    for name, row in document["rows"].items():
-        lines.append(f"| {name} | {' | '.join(percent(row[form]['kept']) for form in named)} |")
-    lines.append("")
-    lines.append(
+    rows = (
+        [name, *(percent(row[form]["kept"]) for form in named)]
+        for name, row in document["rows"].items()
+    )
+    caption = (
         "`bench/forms.py`: SmolLM2-135M-Instruct; the share of answers (20 per cell, cut after 128 "
         "tokens) that by rule keep the form or language of the prompt; 95 % intervals."
     )
-    return "\n".join(lines)
+    return table(f"| | {' | '.join(named)} |", rows, caption)
 
 
 def first_law(document: dict[str, Any]) -> str:
     """Stock, top-p and three levels of the field, on the well-trained stage."""
     constants = document["constants"]["in_force"]
     count = document["sequences_per_setting"]["confirm"]
-    lines = _stories(document["confirm"]["well-trained"]["settings"], SHOWN, count)
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/first_law.py`, a story grammar and a small model of it, on prompts that were not "
         f"used to choose the constants (c = {constants['strength']:g}); 95 % intervals. Variety is "
         "the entropy of the free choices in valid stories, as a share of uniform."
     )
-    return "\n".join(lines)
+    return _stories(document["confirm"]["well-trained"]["settings"], SHOWN, count, caption)
 
 
 def _stories(
-    rows: Sequence[dict[str, Any]], shown: Sequence[tuple[str, str, str]], count: int
-) -> list[str]:
+    rows: Sequence[dict[str, Any]],
+    shown: Sequence[tuple[str, str, str]],
+    count: int,
+    caption: str,
+) -> str:
     """
     Args:
         shown: (label, family, part of the name) of each setting to show.
         count: stories for each setting.
     """
-    lines = [
-        f"| {count:,} stories each | valid | distinct and valid per 1,000 | variety of choices |",
-        "|---|---|---|---|",
-    ]
+    lines = []
     for name, family, part in shown:
         row = next(r for r in rows if r["family"] == family and part in r["setting"])
-        cells = [estimated(row[key], unit) for key, unit in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        lines.append([name, *(estimated(row[key], unit) for key, unit in COLUMNS)])
+    head = f"| {count:,} stories each | valid | distinct and valid per 1,000 | variety of choices |"
+    return table(head, lines, caption)
 
 
 def estimated(interval: dict[str, float], unit: float) -> str:
@@ -369,17 +352,16 @@ def estimated(interval: dict[str, float], unit: float) -> str:
 
 def words_stories(document: dict[str, Any]) -> str:
     """The law `words` on the stories' grammar, compared with `gated`."""
-    lines = _stories(document["settings"], WORDS_SHOWN, document["sequences_per_setting"])
+    count = document["sequences_per_setting"]
     lead = document["lead_in_diversity_at_equal_validity"]["words over gated"]
     share = document["tokens_by_class"]
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/words_stories.py`: variety at equal validity, `words` minus `gated`: "
         f"{percent_difference(lead)}. The tokenizer was trained on these stories, and only "
         f"{100 * share['inside']:.0f} % of their tokens are inside a word, so the bench shows "
         "whether `words` keeps texts valid, not what it gains where words have several tokens."
     )
-    return "\n".join(lines)
+    return _stories(document["settings"], WORDS_SHOWN, count, caption)
 
 
 def percent_difference(interval: dict[str, float] | None) -> str:
@@ -409,13 +391,13 @@ SHOWN = (
 
 def known_source(document: dict[str, Any]) -> str:
     """True forward KL of the methods in WAYS, the lowest first."""
-    lines = ["| way of training | true KL, nats a token |", "|---|---|"]
     methods = sorted(document["methods"].items(), key=lambda item: item[1]["mean"])
-    for name, value in methods:
-        if name in WAYS:
-            cell = f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-            lines.append(f"| {WAYS[name]} | {cell} |")
-    return "\n".join(lines)
+    rows = [
+        (WAYS[name], interval(found | {"value": found["mean"]}, 3))
+        for name, found in methods
+        if name in WAYS
+    ]
+    return table("| way of training | true KL, nats a token |", rows)
 
 
 WAYS = {
@@ -433,60 +415,55 @@ WAYS = {
 
 
 def train_cost(document: dict[str, Any]) -> str:
-    lines = ["| | vocabulary | forward KL over SFT |", "|---|---|---|"]
-    for row in document["head"]:
-        lines.append(f"| head alone | {row['vocabulary']:,} | {_ratio(row['to_stock'])} |")
+    rows = [
+        ("head alone", f"{row['vocabulary']:,}", shown(row["to_stock"]["forward_kl"]))
+        for row in document["head"]
+    ]
     for row in document["step"]:
         share = f"whole step, head {row['head_flops_share']:.0%} of the FLOPs"
-        lines.append(f"| {share} | {row['vocabulary']:,} | {_ratio(row)} |")
-    return "\n".join(lines)
-
-
-def _ratio(row: dict[str, Any]) -> str:
-    found = row["forward_kl"]
-    return f"{found['ratio']:.2f} [{found['interval'][0]:.2f}, {found['interval'][1]:.2f}]"
+        rows.append((share, f"{row['vocabulary']:,}", shown(row["forward_kl"])))
+    return table("| | vocabulary | forward KL over SFT |", rows)
 
 
 def sds_validation(document: dict[str, Any]) -> str:
-    lines = [
-        "| stories by | SDS | style distance | style classifier | distinct-3 | self-BLEU |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     systems = document["systems"]
     for name in sorted(systems, key=lambda name: -systems[name]["sds"]["value"]):
         row = systems[name]
-        sds = row["sds"]
         cells = [
-            f"{sds['value']:.0f} [{sds['low']:.0f}, {sds['high']:.0f}]",
+            interval(row["sds"], 0),
             f"{row['mmd']:.3f}",
             f"{row['c2st']['value']:.2f}",
             f"{row['distinct_3']:.3f}",
             f"{row['self_bleu']:.1f}",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    head = "| stories by | SDS | style distance | style classifier | distinct-3 | self-BLEU |"
+    return table(head, lines)
 
 
 def phrases(document: dict[str, Any]) -> str:
     """For the chain exact rates; for the model the rate of target phrases, and side effects."""
-    lines = [
-        '| chain | "a b c" (people: .60) | "a b" then else | "a" then else | KL |',
-        "|---|---|---|---|---|",
+    rows = [
+        [
+            row["way"],
+            *(f"{row[key]:.2f}" for key in ("phrase", "orphan", "innocent")),
+            f"{row['kl']:.4f}",
+        ]
+        for row in document["chain"]
     ]
-    for row in document["chain"]:
-        numbers = [f"{row[key]:.2f}" for key in ("phrase", "orphan", "innocent")]
-        lines.append(f"| {row['way']} | {' | '.join(numbers)} | {row['kl']:.4f} |")
+    chain = '| chain | "a b c" (people: .60) | "a b" then else | "a" then else | KL |'
     found = document["model"]
     if found is None:
-        lines += ["", "`bench/phrases.py`: exact, per 1,000 tokens; KL in nats per token."]
-        return "\n".join(lines)
+        return table(
+            chain, rows, "`bench/phrases.py`: exact, per 1,000 tokens; KL in nats per token."
+        )
+    return f"{table(chain, rows)}\n\n{_phrases_of_model(found)}"
+
+
+def _phrases_of_model(found: dict[str, Any]) -> str:
     built = found["rates_when_built"]
-    lines += [
-        "",
-        "| model | phrases (people: {:.2f}) | orphans / stock | first words / stock | errors | SDS "
-        "| style distance | KL |".format(built["people"]),
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, row in found["rows"].items():
         to_stock = found["to_stock"].get(name)
         cells = [
@@ -498,10 +475,9 @@ def phrases(document: dict[str, Any]) -> str:
             *(interval(row[key], digits) for key, digits in QUALITY.items()),
             "" if row["mean_kl"] is None else f"{row['mean_kl']:.4f}",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *cells])
     answers = found["prompts"] * found["answers_to_each"]
-    lines.append("")
-    lines.append(
+    caption = (
         '`bench/phrases.py`. Chain: a synthetic Markov chain of order 2 that writes "a b c" ten '
         "times as often as people; exact, per 1,000 tokens, KL in nats per token. Model: "
         f"SmolLM2-135M-Instruct at T {found['temperature']:g}, {answers} answers per row "
@@ -512,41 +488,49 @@ def phrases(document: dict[str, Any]) -> str:
         "two words, with another continuation; first words likewise. Errors per 100 words; 95 % "
         "intervals, of which one in twenty misses."
     )
-    return "\n".join(lines)
+    head = (
+        f"| model | phrases (people: {built['people']:.2f}) | orphans / stock "
+        "| first words / stock | errors | SDS | style distance | KL |"
+    )
+    return table(head, rows, caption)
 
 
 QUALITY = {"errors": 2, "sds": 0, "style": 3}
 
 
 def style_cost(document: dict[str, Any]) -> str:
-    lines = [
-        "| vocabulary | rows | stages with a style / without | ms added | throughput of a step |",
-        "|---|---|---|---|---|",
-    ]
-    for row in document["rows"]:
-        cells = (shown(row["style_to_field"]), f"{1000 * row['added_seconds']:.2f}")
-        lines.append(
-            f"| {row['vocabulary']:,} | {row['rows']} | {' | '.join(cells)} "
-            f"| {row['throughput']:.3f} |"
+    rows = (
+        (
+            f"{row['vocabulary']:,}",
+            str(row["rows"]),
+            shown(row["style_to_field"]),
+            f"{1000 * row['added_seconds']:.2f}",
+            f"{row['throughput']:.3f}",
         )
-    return "\n".join(lines)
+        for row in document["rows"]
+    )
+    head = "| vocabulary | rows | stages with a style / without | ms added | throughput of a step |"
+    return table(head, rows)
 
 
 def ray_targets(document: dict[str, Any]) -> str:
     memory = document["memory"]
     mib, shards = memory["mib"], memory["shards"]
-    half = f"{memory['tokens'] // 2:,} tokens"
-    return "\n".join(
+    rows = (
+        ("tokens a second, two workers over one", "1.6", shown(document["two_over_one"])),
         (
-            "| | asked | found |",
-            "|---|---|---|",
-            f"| tokens a second, two workers over one | 1.6 | {shown(document['two_over_one'])} |",
-            f"| a worker's own memory after 1, {shards // 2} and {shards} shards | | "
-            f"{mib[0]:,.0f}, {mib[shards // 2 - 1]:,.0f} and {mib[-1]:,.0f} MiB |",
-            f"| what it gains over the second {half} | 0 | {memory['growth_mib']:+.0f} MiB; "
-            f"{memory['if_shards_were_kept_mib']:+.0f} would be the shards |",
-        )
+            f"a worker's own memory after 1, {shards // 2} and {shards} shards",
+            "",
+            f"{mib[0]:,.0f}, {mib[shards // 2 - 1]:,.0f} and {mib[-1]:,.0f} MiB",
+        ),
+        (
+            f"what it gains over the second {memory['tokens'] // 2:,} tokens",
+            "0",
+            f"{memory['growth_mib']:+.0f} MiB; "
+            f"{memory['if_shards_were_kept_mib']:+.0f} would be the shards",
+        ),
     )
+    return table("| | asked | found |", rows)
 
 
 def families(document: dict[str, Any]) -> str:
@@ -560,11 +544,8 @@ def families(document: dict[str, Any]) -> str:
         reason = outcomes.get(row["outcome"]) or f"{row['outcome']}: {short(row['reason'])}"
         named.setdefault(reason, []).append(f"`{row['family']}`")
     order = sorted(named, key=lambda reason: (reason not in outcomes.values(), reason))
-    lines = ["| | | families |", "|---|---|---|"]
-    lines += [
-        f"| {reason} | {len(named[reason])} | {', '.join(named[reason])} |" for reason in order
-    ]
-    return "\n".join(lines)
+    rows = ((reason, str(len(named[reason])), ", ".join(named[reason])) for reason in order)
+    return table("| | | families |", rows)
 
 
 def short(reason: str) -> str:
@@ -576,21 +557,21 @@ def short(reason: str) -> str:
 
 def groups(document: dict[str, Any]) -> str:
     """Distinct answers from known sources, votes, and first words of a real model."""
-    head = ["source", "spellings", "n", "independent", "group", "gain", "at most"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines = []
     for row in document["rows"]:
         alone, together = row["independent, computed"], row["group"]["distinct"]
         low, high = row["group"]["interval"]
         cells = [row["source"], str(row["spellings"]), str(row["n"]), f"{alone:.2f}"]
         cells += [f"{together:.2f} [{low:.2f}, {high:.2f}]", f"{together / alone - 1:+.0%}"]
-        lines.append(f"| {' | '.join(cells)} | {row['at most']:.2f} |")
+        lines.append([*cells, f"{row['at most']:.2f}"])
     caption = (
         f"`bench/groups.py`: distinct valid answers among n texts, {document['groups']:,} groups "
         f"per row; {document['invalid']:.0%} of each source's texts are not an answer. "
         "*Independent* and *at most* are computed."
     )
     notes = f"{caption} {_votes(document)} {_first_words(document)}".rstrip()
-    return "\n".join([*lines, "", notes])
+    head = "| source | spellings | n | independent | group | gain | at most |"
+    return table(head, lines, notes)
 
 
 def _votes(document: dict[str, Any]) -> str:
@@ -667,7 +648,7 @@ RESULT_OF = {
     "headline_targets": "headline",
 }
 """The results of tables that have another name."""
-OPTIONAL = {"gpu", "soak", "headline", "headline_targets", "laws", "law_settings"}
+OPTIONAL = {"gpu", "soak", "headline", "headline_targets", "laws", "law_settings", "long_texts"}
 """Tables of benches that need special hardware or take long; without a result the document is left
 unchanged."""
 PLACES = {name: "docs/results.md" for name in TABLES if name not in ("real", "known_source")} | {

@@ -3,26 +3,26 @@
 from collections.abc import Callable
 from typing import Any
 
+import cells
+
 
 def table(document: dict[str, Any]) -> str:
     """For docs/results.md."""
-    lines = ["| | asked | found | kept |", "|---|---|---|---|"]
+    rows = []
     for name, phase in document["phases"].items():
         asked, cell_of = CELLS[name]
         found = f"failed: {phase['failed'][:80]}" if "failed" in phase else cell_of(phase["result"])
         kept = "yes" if not phase["broken"] else f"no: {'; '.join(phase['broken'])[:200]}"
-        cells = (" ".join(cell.split()) for cell in (name, asked, found, kept))  # Without newlines.
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(" ".join(cell.split()) for cell in (name, asked, found, kept))  # No newlines.
     scale, machine = document["scale"], document["machine"]
     # Phases may come from several runs.
     minutes = sum(phase["seconds"] for phase in document["phases"].values()) / 60
-    lines.append("")
-    lines.append(
+    caption = (
         f"`bench/soak.py --scale {scale:g}` ({'the full size' if scale >= 1 else 'a part'} of "
         f"scale 1; it took {minutes:.0f} minutes): vLLM "
         f"{document['versions']['vllm']}, V1 runner, {machine['cores']} cores, the stories' model."
     )
-    return "\n".join(lines)
+    return cells.table("| | asked | found | kept |", rows, caption)
 
 
 def _fuzz(found: dict[str, Any]) -> str:

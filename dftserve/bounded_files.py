@@ -89,21 +89,18 @@ def open_file(path: str | Path, *, largest: int, within: Path | None = None) -> 
     return _opened(Path(path), real, os.O_RDONLY, largest, "rb")
 
 
-def open_growing(path: Path, *, largest: int, create: bool = True, buffering: int = -1) -> BinaryIO:
+def open_growing(path: Path, *, largest: int, buffering: int = -1) -> BinaryIO:
     """Open an append-only file for reading and appending. Links are refused, since it is written.
 
     Args:
         buffering: as in `open`.
 
     Raises:
-        FileNotFoundError: it does not exist, and `create` is false.
         ValueError: a link, not a regular file, or more than `largest` bytes.
         OSError: from the system.
     """
     if os.path.lexists(path):
         check(path, os.lstat(path), largest)
-    elif not create:
-        raise FileNotFoundError(f"{path}: there is no such file.")
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     return _opened(path, path, flags, largest, "a+b", buffering)
 
@@ -259,22 +256,21 @@ def read_json(
     *,
     largest: int,
     within: Path | None = None,
-    deepest: int = DEEPEST,
     finite: bool = True,
 ) -> Any:
     """The content of a JSON file.
 
     Args:
-        deepest: maximal nesting of lists and objects.
         finite: refuse NaN, infinities and integers beyond 64 bits. Pass False if the caller checks
             the numbers itself, or if they are another library's business.
 
     Raises:
-        ValueError: also if it is not JSON, is nested too deeply, or contains such a number.
+        ValueError: also if it is not JSON, is nested deeper than `DEEPEST` levels, or contains such
+            a number.
         FileNotFoundError, OSError: as `real_file`.
     """
     text = read_text(path, largest=largest, within=within)
-    return parse_json(text, str(path), deepest=deepest, finite=finite)
+    return parse_json(text, str(path), finite=finite)
 
 
 def json_rows(lines: Iterable[bytes], path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -307,9 +303,7 @@ def _check_unicode(content: Any, where: str) -> None:
         ) from None
 
 
-def parse_json(
-    text: str | bytes, where: str, *, deepest: int = DEEPEST, finite: bool = True
-) -> Any:
+def parse_json(text: str | bytes, where: str, *, finite: bool = True) -> Any:
     """Parse a JSON text; error messages begin with `where`. Raises ValueError as `read_json`."""
     if isinstance(text, bytes):
         text = decoded(text, where)
@@ -317,7 +311,7 @@ def parse_json(
     try:
         content = json.loads(text, **given)
     except RecursionError:
-        _too_deep(where, deepest)
+        _too_deep(where)
     except _NotFiniteError as error:
         raise FileError(
             f"{where}: got the number {error}; accepted: finite ones of 64 bits", CORRECT
@@ -326,15 +320,15 @@ def parse_json(
         # Python's message for an integer with too many digits is long; its first clause suffices.
         reason = str(error).partition(":")[0] if "int_max_str" in str(error) else error
         raise FileError(f"{where}: not JSON ({reason})", CORRECT) from None
-    if deeper_than(content, deepest):
-        _too_deep(where, deepest)
+    if _is_too_deep(content):
+        _too_deep(where)
     return content
 
 
-def deeper_than(content: object, deepest: int) -> bool:
-    """Whether lists and objects are nested more than `deepest` levels deep; not recursive."""
+def _is_too_deep(content: object) -> bool:
+    """Whether lists and objects are nested more than `DEEPEST` levels deep; not recursive."""
     level = [content] if isinstance(content, dict | list) else []
-    for _ in range(deepest):
+    for _ in range(DEEPEST):
         level = [inner for outer in level for inner in _within(outer)]
         if not level:
             return False
@@ -346,9 +340,9 @@ def _within(outer: Any) -> Iterator[Any]:
     return (value for value in values if isinstance(value, dict | list))
 
 
-def _too_deep(where: str, deepest: int) -> NoReturn:
+def _too_deep(where: str) -> NoReturn:
     raise FileError(
-        f"{where}: got more than {deepest} levels of lists and keys; accepted: at most {deepest}",
+        f"{where}: got more than {DEEPEST} levels of lists and keys; accepted: at most {DEEPEST}",
         CORRECT,
     )
 

@@ -32,6 +32,41 @@ def template_fingerprint(tokenizer: Any) -> str | None:
     return _digest(tokenizer.chat_template) if tokenizer.chat_template else None
 
 
+def misfit(
+    built: str,
+    *,
+    tokenizer: tuple[str, str],
+    template: tuple[str | None, str | None],
+    vocabulary: tuple[int, int],
+) -> str | None:
+    """Why something that was built with one model's tokenizer cannot be used with another model;
+    None if it can.
+
+    Args:
+        built: what was built, as the message names it.
+        tokenizer, template, vocabulary: what it was built with, and what the model has. A template
+            of None: it does not depend on one.
+    """
+    ours, models = tokenizer
+    if ours != models:
+        return (
+            f"{built} was built with another tokenizer ({ours[:12]}…) than the model's "
+            f"({models[:12]}…); build one with the model's."
+        )
+    if template[0] not in (None, template[1]):
+        return (
+            f"{built} was built with another chat template than the model's; build one with the "
+            "model's."
+        )
+    largest, columns = vocabulary[0] - 1, vocabulary[1]
+    if largest >= columns:
+        return (
+            f"{built} has token ids up to {largest}; the model has {columns} columns of logits. "
+            "Build one with the model's tokenizer."
+        )
+    return None
+
+
 def _digest(content: object) -> str:
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

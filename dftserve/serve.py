@@ -189,6 +189,20 @@ def launch(
     given, model = model, resolve(model)
     if model != given and not any(map(_names_model, flags)):
         flags = [*flags, SERVED_NAME, given]
+    _check_files(model)
+    command = _command()
+    if _float32(model, flags, command):
+        flags = [*flags, "--dtype", "float32"]
+        logger.warning(
+            "--dtype float32: this CPU has no bfloat16 instructions, and vLLM's own choice, half "
+            "precision, would be many times slower; it takes twice the memory for the weights. "
+            "Give --dtype to choose another."
+        )
+    environment = _plugin_settings(model, default_diversity, policy, styles)
+    return Launch((command, "serve", model, *flags), environment)
+
+
+def _check_files(model: str) -> None:
     if os.path.lexists(Path(model) / CHECKSUMS):
         from dftserve import checkpoint
 
@@ -197,14 +211,16 @@ def launch(
         check_model_folder(Path(model))
     elif "://" not in model:  # vLLM has loaders for buckets.
         check_path(model)
-    command, environment = _command(), {}
-    if _float32(model, flags, command):
-        flags = [*flags, "--dtype", "float32"]
-        logger.warning(
-            "--dtype float32: this CPU has no bfloat16 instructions, and vLLM's own choice, half "
-            "precision, would be many times slower; it takes twice the memory for the weights. "
-            "Give --dtype to choose another."
-        )
+
+
+def _plugin_settings(
+    model: str,
+    default_diversity: str | None,
+    policy: str | os.PathLike[str] | None,
+    styles: str | os.PathLike[str] | None,
+) -> dict[str, str]:
+    """Environment variables from which the plug-in reads these settings; each is checked."""
+    environment = {}
     if default_diversity is not None:
         default = json.dumps(_default(model, default_diversity).as_dict())
         parse_default(default, DEFAULT_OPTION)  # As the server will.
@@ -218,7 +234,7 @@ def launch(
             accepted = "a folder of profiles; build one with dftserve style build"
             raise ValueError(f"--styles: got {got!r}, which is not a folder; accepted: {accepted}.")
         environment[STYLES_VARIABLE] = os.path.abspath(styles)
-    return Launch((command, "serve", model, *flags), environment)
+    return environment
 
 
 def _float32(model: str, flags: Sequence[str], command: str) -> bool:

@@ -317,11 +317,7 @@ def _group(value: object, parameter: str) -> bool | Group | None:
         return value or None
     if not isinstance(value, Mapping):
         raise DiversityError(parameter, value, GROUP_ACCEPTED)
-    takes = [field.name for field in fields(Group)]
-    for key in value:
-        if key not in takes:
-            accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
-            raise DiversityError(f"{parameter}.{_short_key(key)}", value[key], accepted)
+    _refuse_unknown(value, Group, parameter)
     name, low, high = value.get("id", NOTHING), *GROUP_SIZE
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
         accepted = f"a text of 1 to {LONGEST_NAME} printable characters, unique to the group"
@@ -337,14 +333,7 @@ def parse_json(text: str, parameter: str = "diversity") -> Diversity:
     Raises:
         DiversityError: not JSON, too long, or refused by `parse`.
     """
-    if len(text) > MAX_JSON_CHARACTERS:
-        accepted = f"at most {MAX_JSON_CHARACTERS} characters of JSON"
-        raise DiversityError(parameter, f"{len(text)} characters", accepted)
-    try:
-        value = json.loads(f"0{text}" if text.startswith(".") else text)
-    except (ValueError, RecursionError):
-        raise DiversityError(parameter, text, f"as JSON text, {ACCEPTED}") from None
-    return parse(value, parameter)
+    return parse(_from_json(text, parameter, ACCEPTED), parameter)
 
 
 def parse_default(text: str, parameter: str = DEFAULT_VARIABLE) -> Diversity:
@@ -408,11 +397,7 @@ def parse_style(value: object, parameter: str = "style") -> Style:
         value = {"name": value}
     if not isinstance(value, Mapping):
         raise DiversityError(parameter, value, STYLE_ACCEPTED)
-    takes = [field.name for field in fields(Style)]
-    for key in value:
-        if key not in takes:
-            accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
-            raise DiversityError(f"{parameter}.{_short_key(key)}", value[key], accepted)
+    _refuse_unknown(value, Style, parameter)
     name = value.get("name", NOTHING)
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         accepted = f"the name of a style, of at most {LONGEST_NAME} characters"
@@ -435,14 +420,7 @@ def parse_style_json(text: str, parameter: str = "style") -> Style:
     """
     if not text.lstrip().startswith("{"):
         return parse_style(text, parameter)
-    if len(text) > MAX_JSON_CHARACTERS:
-        accepted = f"at most {MAX_JSON_CHARACTERS} characters of JSON"
-        raise DiversityError(parameter, f"{len(text)} characters", accepted)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise DiversityError(parameter, text, f"as JSON text, {STYLE_ACCEPTED}") from None
-    return parse_style(value, parameter)
+    return parse_style(_from_json(text, parameter, STYLE_ACCEPTED), parameter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,6 +493,28 @@ class Promise:
         # Paths may have bytes that are not UTF-8, which become JSON escapes.
         path = folder / self.FILE
         path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def _refuse_unknown(
+    value: Mapping[str, Any], kind: type[Group] | type[Style], parameter: str
+) -> None:
+    """Refuse keys that are not fields of a class."""
+    takes = [field.name for field in fields(kind)]
+    for key in value:
+        if key not in takes:
+            accepted = f"{', '.join(takes)}{_nearest(key, takes)}"
+            raise DiversityError(f"{parameter}.{_short_key(key)}", value[key], accepted)
+
+
+def _from_json(text: str, parameter: str, accepted: str) -> object:
+    """The value of a JSON text, in which a number may begin with a point."""
+    if len(text) > MAX_JSON_CHARACTERS:
+        most = f"at most {MAX_JSON_CHARACTERS} characters of JSON"
+        raise DiversityError(parameter, f"{len(text)} characters", most)
+    try:
+        return json.loads(f"0{text}" if text.startswith(".") else text)
+    except (ValueError, RecursionError):
+        raise DiversityError(parameter, text, f"as JSON text, {accepted}") from None
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

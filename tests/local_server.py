@@ -30,15 +30,8 @@ def serving(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Ite
     class Server(http.server.ThreadingHTTPServer):
         request_queue_size = 128  # Five, the default, reset the connections of a busy client.
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with _running(Server(("127.0.0.1", 0), Handler)) as url:
+        yield url
 
 
 @contextmanager
@@ -49,7 +42,13 @@ def closing() -> Iterator[str]:
         def handle(self) -> None:
             self.request.recv(65536)
 
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    with _running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
+
+
+@contextmanager
+def _running(server: socketserver.TCPServer) -> Iterator[str]:
+    """Serve in a thread; yields http://127.0.0.1:PORT."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -3,8 +3,9 @@
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -25,7 +26,7 @@ from dftserve.targets import store
 from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
 from dftserve.targets.source import DenseSource
-from dftserve.train.config import TrainConfig
+from dftserve.train.config import StoreConfig, TrainConfig
 
 WORDS = [f"w{i}" for i in range(89)]
 VOCABULARY = len(WORDS) + 2
@@ -67,6 +68,25 @@ def save_config(config: TrainConfig, path: Path) -> Path:
     content = {k: v for k, v in asdict(config).items() if k not in ("divergence", "lora")}
     path.write_text(json.dumps(content))
     return path
+
+
+def small_run(
+    model: Path, targets: Path | tuple[StoreConfig, ...], output: Path, **changed: Any
+) -> TrainConfig:
+    """A run of six steps that evaluates, saves and logs on the way, with settings `changed`."""
+    run = TrainConfig(
+        model=str(model),
+        targets=str(targets) if isinstance(targets, Path) else targets,
+        output=str(output),
+        max_length=64,
+        batch_size=2,
+        steps=6,
+        learning_rate=1e-2,
+        save_every=2,
+        evaluate_every=3,
+        log_every=1,
+    )
+    return replace(run, **changed)
 
 
 def save_sealed(folder: Path, files: Mapping[str, str]) -> Path:

@@ -35,7 +35,7 @@ ESTIMATE = (
 )
 
 
-def demo(folder: Path, console: Console | None = None) -> None:
+def demo(folder: Path) -> None:
     """Show what diversity does to a model's answers, before and after a short tuning.
 
     Raises:
@@ -44,7 +44,7 @@ def demo(folder: Path, console: Console | None = None) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # Of loading weights.
-    console = console or Console()
+    console = Console()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     console.print(ESTIMATE.format(folder=folder), highlight=False)

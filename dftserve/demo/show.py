@@ -34,6 +34,8 @@ FEW = (
     "So few answers only show what kind of text to expect. Differences between the rows are partly "
     "chance: README.md has the figures of 256 answers per row, with intervals."
 )
+SHOWN = 2
+"""Answers of each cell on the terminal."""
 CSS = Markup("""
 <style>pre{white-space:pre-wrap}mark{color:#222;border-radius:2px}mark.shared{background:#ffe9a8}
 mark.phrase{background:#efd0f5}
@@ -80,14 +82,14 @@ def level_name(level: float | None) -> str:
 # ── Terminal ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def on_terminal(stage: Stage, console: Console, shown: int = 2) -> None:
-    """`shown` answers of each cell, levels side by side, and the table of all of them."""
+def on_terminal(stage: Stage, console: Console) -> None:
+    """`SHOWN` answers of each cell, levels side by side, and the table of all of them."""
     console.rule(stage.title)
     for prompt in PROMPTS:
         console.print(f"\n[bold]{prompt}[/bold]")
         panels = [
             Panel(
-                Text("\n· · ·\n").join(map(_styled, stage.cell(prompt, level)[:shown])),
+                Text("\n· · ·\n").join(map(_styled, stage.cell(prompt, level)[:SHOWN])),
                 title=level_name(level),
             )
             for level in LEVELS

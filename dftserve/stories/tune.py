@@ -77,9 +77,9 @@ def tune(
     ]
 
 
-def write_stories(path: Path, count: int, seed: int = 7) -> None:
+def write_stories(path: Path, count: int) -> None:
     """Write `count` prompts and answers as .jsonl."""
-    rng = random.Random(seed)
+    rng = random.Random(7)
     lines = []
     for _ in range(count):
         prompt = rng.choice(list(PROMPTS))

@@ -31,6 +31,7 @@ from safetensors.numpy import save as save_tensors
 
 from dftserve import __version__, atomic, settings
 from dftserve.bounded_files import FileError, advised, parse_json, read_bytes, read_text
+from dftserve.fingerprints import misfit
 
 FORMAT = 1
 MANIFEST, TENSORS = "profile.json", "tensors.safetensors"
@@ -159,22 +160,14 @@ class Profile:
             ProfileError: the tokenizer or the chat template is another one, or there are too few
                 columns.
         """
-        if self.tokenizer_fingerprint != tokenizer:
-            raise ProfileError(
-                f"the style {self.name!r} was built with another tokenizer "
-                f"({self.tokenizer_fingerprint[:12]}…) than the model's ({tokenizer[:12]}…); "
-                "build one with the model's."
-            )
-        if self.template_fingerprint is not None and self.template_fingerprint != template:
-            raise ProfileError(
-                f"the style {self.name!r} was built with another chat template than the model's; "
-                "build one with the model's."
-            )
-        if self.vocabulary > vocabulary:
-            raise ProfileError(
-                f"the style {self.name!r} has token ids up to {self.vocabulary - 1}; the model has "
-                f"{vocabulary} columns of logits. Build one with the model's tokenizer."
-            )
+        why = misfit(
+            f"the style {self.name!r}",
+            tokenizer=(self.tokenizer_fingerprint, tokenizer),
+            template=(self.template_fingerprint, template),
+            vocabulary=(self.vocabulary, vocabulary),
+        )
+        if why is not None:
+            raise ProfileError(why)
 
     def step(self, state: int, token: int) -> tuple[int, float]:
         """The next state and the log factor of a token; the reference for the engine's code."""

@@ -188,7 +188,7 @@ class Calibrated(DenseSource):
         self.vocabulary = ngram.vocabulary
         self._weights_BC = np.array([each.weights for each in found.bins])
         self._share_B = np.array([each.share for each in found.bins])
-        self._heldout = {_digest(document) for document in heldout}
+        self._heldout = {document.digest for document in heldout}
 
     def describe(self) -> Mapping[str, Any]:
         return {
@@ -209,7 +209,7 @@ class Calibrated(DenseSource):
     def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
         known = _Features.of(document, self._ngram)
         labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
-        is_learnt = _digest(document) not in self._heldout
+        is_learnt = document.digest not in self._heldout
 
         def rows(start: int, stop: int) -> Tensor:
             first_RV = first(start, stop)
@@ -319,7 +319,7 @@ def _interleaved(documents: Sequence[Document]) -> list[Document]:
     """The first document of each text, ordered by digests, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     placed = []
-    for document in sorted(documents, key=_digest):
+    for document in sorted(documents, key=lambda each: each.digest):
         group = _group(document)
         placed.append((seen[group], group, document))
         seen[group] += 1
@@ -511,17 +511,10 @@ def _inputs(
         "parts": {name: part.describe() for name, part in parts.items()},
         "edges": asdict(bins),
         "fit": asdict(fit),
-        "documents": [(_digest(each).hex(), _group(each)) for each in documents],
+        "documents": [(each.digest.hex(), _group(each)) for each in documents],
     }
     return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def _group(document: Document) -> str:
-    """An identifier of the text that a document is part of; without a group, of the document."""
-    named = document.group.encode() if document.group else _digest(document)
-    return blake3(named).hexdigest()
-
-
-def _digest(document: Document) -> bytes:
-    content = document.tokens_N.astype(np.int32).tobytes() + document.trained_N.tobytes()
-    return blake3(content).digest()
+    return blake3(document.identifier).hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from blake3 import blake3
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dftserve.hub import folder_of
@@ -67,6 +68,17 @@ class Document:
         """The tokens before the first trained one."""
         first = int(self.trained_N.argmax())  # 0 where none is trained.
         return tuple(self.tokens_N[:first].tolist())
+
+    @property
+    def digest(self) -> bytes:
+        """BLAKE3 of the tokens and their marks."""
+        content = self.tokens_N.astype(np.int32).tobytes() + self.trained_N.tobytes()
+        return blake3(content).digest()
+
+    @property
+    def identifier(self) -> bytes:
+        """Of the group; of the document, if it belongs to none."""
+        return self.group.encode() if self.group else self.digest
 
     @property
     def question(self) -> tuple[str, tuple[int, ...]]:

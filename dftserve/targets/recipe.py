@@ -23,7 +23,7 @@ shares, so the other parts then share its weight; those of `geomix` are exponent
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dftserve.targets.document import Document
-    from dftserve.targets.source import Source
+    from dftserve.targets.ngram import Ngram
+    from dftserve.targets.source import DenseSource, Source
     from dftserve.targets.teacher import Teacher
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -256,16 +257,11 @@ class _Given:
 def teacher_models(recipe: Recipe) -> Iterator[str]:
     """Folders or names of all models that a recipe's sources load, including those of
     principles."""
-    waiting: list[Any] = [recipe.source]
-    while waiting:
-        given = waiting.pop()
-        if isinstance(given, Mapping):
-            teacher = given.get("teacher")
-            if isinstance(teacher, Mapping) and "model" in teacher:
-                yield str(teacher["model"])
-            waiting += given.values()
-        elif isinstance(given, list | tuple):
-            waiting += given
+    for each in _loaded(recipe.source):
+        if isinstance(each, _Teacher):
+            yield each.model
+        elif isinstance(each, _Principles | _Calibrated):
+            yield each.teacher.model
 
 
 def students(recipe: Recipe) -> Iterator[str]:
@@ -277,18 +273,7 @@ def students(recipe: Recipe) -> Iterator[str]:
 
 def counts_answers(recipe: Recipe) -> bool:
     """Whether any source counts how often each answer is given to a prompt."""
-    return "references" in _kinds(recipe.source)
-
-
-def _kinds(source: Any) -> Iterator[str]:
-    """The kinds of a source and of those nested in it."""
-    kind, config = _kind_and_config(source, "source")
-    yield kind
-    if kind in _MIXES:
-        for part, _ in _weighted_parts(config, kind):
-            yield from _kinds(part)
-    elif kind in ("temper", "tilt"):
-        yield from _kinds(config["of"])
+    return any(isinstance(each, _References) for each in _loaded(recipe.source))
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -312,18 +297,24 @@ def principles(recipe: Recipe) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 def _loaded(source: Any) -> Iterator[object]:
     """The settings of a source and of those nested in it."""
-    kind, config = _kind_and_config(source, "source")
+    loaded, nested = _read(*_kind_and_config(source, "source"), "source")
+    if loaded is not None:
+        yield loaded
+    for part in nested.values():
+        yield from _loaded(part)
+
+
+def _read(kind: str, config: Any, where: str) -> tuple[object | None, dict[str, Any]]:
+    """The settings of a source, None of a mix, and the sources directly in it by their places."""
+    where = f"{where}.{kind}"
     if kind in _MIXES:
-        for part, _ in _weighted_parts(config, kind):
-            yield from _loaded(part)
-        return
-    loaded = settings.load(_KINDS[kind], config, kind)
-    yield loaded
+        parts = enumerate(_weighted_parts(config, where))
+        return None, {f"{where}[{i}]": part for i, (part, _) in parts}
+    loaded = settings.load(_KINDS[kind], config, where)
     if isinstance(loaded, _Temper | _Tilt):
-        yield from _loaded(loaded.of)
-    if isinstance(loaded, _Calibrated):
-        for part in loaded.others:
-            yield from _loaded(part)
+        return loaded, {f"{where}.of": loaded.of}
+    others = loaded.others if isinstance(loaded, _Calibrated) else ()
+    return loaded, {f"{where}.others[{i}]": part for i, part in enumerate(others)}
 
 
 @dataclass(frozen=True)
@@ -358,20 +349,12 @@ def _checked(given: Any, where: str, within: _Within = _Within()) -> None:
             "reads every token's probability; accepted: served as the only source, or the model "
             "loaded as a teacher."
         )
-    if kind in _MIXES:
-        parts = list(_weighted_parts(config, f"{where}.{kind}"))
-        inner = within.of(kind)
-        if _is_used_alone(kind, parts):
-            inner = dataclasses.replace(inner, combined=within.combined)
-        for i, (part, _) in enumerate(parts):
-            _checked(part, f"{where}.{kind}[{i}]", inner)
-        return
-    loaded = settings.load(_KINDS[kind], config, f"{where}.{kind}")
-    if isinstance(loaded, _Temper | _Tilt):
-        _checked(loaded.of, f"{where}.{kind}.of", within.of(kind))
-    if isinstance(loaded, _Calibrated):
-        for i, part in enumerate(loaded.others):
-            _checked(part, f"{where}.{kind}.others[{i}]", within.of(kind))
+    _, nested = _read(kind, config, where)
+    inner = within.of(kind)
+    if kind in _MIXES and _is_used_alone(kind, _weighted_parts(config, kind)):
+        inner = dataclasses.replace(inner, combined=within.combined)
+    for place, part in nested.items():
+        _checked(part, place, inner)
 
 
 _KNOW_THE_TEXT = {
@@ -383,7 +366,7 @@ _KNOW_THE_TEXT = {
 """Kinds that cannot be a part of a fitted mixture: why, and what to do."""
 
 
-def _is_used_alone(kind: str, parts: Sequence[tuple[Mapping[str, Any], float]]) -> bool:
+def _is_used_alone(kind: str, parts: Iterable[tuple[Mapping[str, Any], float]]) -> bool:
     """Whether one part of a mix may be used as it is: without another, or with references that are
     left out if no prompt has two answers."""
     others = [(part, weight) for part, weight in parts if "references" not in part]
@@ -668,33 +651,41 @@ class _Calibrated:
             CrossFitted.read(Path(self.students))
 
     def build(self, given: _Given) -> "Source":
-        from dftserve.targets.cache import Cache
-        from dftserve.targets.calibrated import (
-            NGRAM,
-            STUDENTS,
-            TEACHER,
-            Calibrated,
-            Fit,
-            calibrate,
-        )
-        from dftserve.targets.combine import dense
-        from dftserve.targets.in_context import InContext
+        from dftserve.targets.calibrated import Calibrated, Fit, calibrate
         from dftserve.targets.ngram import Ngram
-        from dftserve.targets.source import DenseSource
-        from dftserve.targets.students import Students
 
-        train, heldout = given.documents["train"], given.documents["heldout"]
         teacher = self.teacher.build(given)
         # Weights are fitted on held-out texts, whose groups are not counted at all: to match,
         # the counts for a training text leave out its group.
         given = dataclasses.replace(given, leaves_out="group")
         ngram = Ngram(
-            train,
+            given.documents["train"],
             vocabulary=given.vocabulary,
             order=max(self.orders),
             min_count=self.min_count,
             leaves_out=given.leaves_out,
         )
+        parts, heldout = self._parts(teacher, ngram, given), given.documents["heldout"]
+        found = calibrate(
+            parts,
+            ngram,
+            heldout,
+            bins=self.bins,
+            fit=Fit(tokens=self.tokens, folds=self.folds, shrinkage=self.shrinkage),
+            known=given.known,
+            say=given.say,
+        )
+        return Calibrated(parts, ngram, found, bins=self.bins, heldout=heldout)
+
+    def _parts(self, teacher: "Teacher", ngram: "Ngram", given: _Given) -> "dict[str, DenseSource]":
+        """The components by name."""
+        from dftserve.targets.cache import Cache
+        from dftserve.targets.calibrated import NGRAM, STUDENTS, TEACHER
+        from dftserve.targets.combine import dense
+        from dftserve.targets.in_context import InContext
+        from dftserve.targets.students import Students
+
+        train = given.documents["train"]
         parts: dict[str, DenseSource] = {TEACHER: teacher}
         if self.in_context:
             parts["in context"] = InContext(
@@ -716,16 +707,7 @@ class _Calibrated:
             )
         for i, other in enumerate(self.others, 1):
             parts[f"{next(iter(other))} ({i})"] = dense(_built(other, given), "calibrated")
-        found = calibrate(
-            parts,
-            ngram,
-            heldout,
-            bins=self.bins,
-            fit=Fit(tokens=self.tokens, folds=self.folds, shrinkage=self.shrinkage),
-            known=given.known,
-            say=given.say,
-        )
-        return Calibrated(parts, ngram, found, bins=self.bins, heldout=heldout)
+        return parts
 
 
 _KINDS: Mapping[str, type] = {

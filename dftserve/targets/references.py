@@ -81,7 +81,7 @@ class References(DenseSource):
         self._answers = dict(by_question)
         # Built when read: those of all prompts would take hundreds of bytes a token of the corpus.
         self._root = lru_cache(maxsize=TRIES)(self._trie_of)
-        digests = sorted(_identity(each) for group in by_question.values() for each in group)
+        digests = sorted(each.digest for group in by_question.values() for each in group)
         self._blake3 = blake3(b"".join(digests)).hexdigest()
 
     def describe(self) -> Mapping[str, Any]:
@@ -151,8 +151,3 @@ def _is_same(one: Document, other: Document) -> bool:
     return np.array_equal(one.tokens_N, other.tokens_N) and np.array_equal(
         one.trained_N, other.trained_N
     )
-
-
-def _identity(answer: Document) -> bytes:
-    content = answer.tokens_N.astype(np.int32).tobytes() + answer.trained_N.tobytes()
-    return blake3(content).digest()

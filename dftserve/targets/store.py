@@ -49,6 +49,7 @@ from dftserve.bounded_files import (
     real_file,
 )
 from dftserve.digest import digest_of
+from dftserve.fingerprints import misfit
 from dftserve.targets.document import Document
 from dftserve.targets.limits import LARGEST_KEPT
 from dftserve.targets.source import Source
@@ -616,21 +617,14 @@ class TargetStore:
             StoreError: another tokenizer, another chat template, or a vocabulary too small.
         """
         of = self.manifest.plan
-        if of.tokenizer != tokenizer:
-            raise StoreError(
-                f"{self.folder} was built with another tokenizer ({of.tokenizer[:12]}…) than the "
-                f"model's ({tokenizer[:12]}…); build it with the model's."
-            )
-        if of.template is not None and of.template != template:
-            raise StoreError(
-                f"{self.folder} was built with another chat template than the model's; build it "
-                "with the model's."
-            )
-        if of.vocabulary > vocabulary:
-            raise StoreError(
-                f"{self.folder} names tokens up to {of.vocabulary - 1}; the model knows "
-                f"{vocabulary}. Build the store with the model's tokenizer."
-            )
+        why = misfit(
+            str(self.folder),
+            tokenizer=(of.tokenizer, tokenizer),
+            template=(of.template, template),
+            vocabulary=(of.vocabulary, vocabulary),
+        )
+        if why is not None:
+            raise StoreError(why)
 
 
 def _checked_size(folder: Path, shard: Shard, plan: Plan) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from dftserve import pretrained, settings
@@ -92,12 +91,11 @@ def final_of(folder: Path, fold: int) -> Path:
 
 def fold_of(document: Document, folds: int) -> int:
     """The fold of a document, by a hash of its group: one group is always in one fold."""
-    named = document.group.encode() if document.group else _digest(document)
-    return int.from_bytes(blake3(named).digest(length=8), "little") % folds
+    return int.from_bytes(blake3(document.identifier).digest(length=8), "little") % folds
 
 
 def corpus_digest(documents: Sequence[Document], folds: int) -> str:
-    parts = sorted(_digest(each) + bytes([fold_of(each, folds)]) for each in documents)
+    parts = sorted(each.digest + bytes([fold_of(each, folds)]) for each in documents)
     return blake3(b"".join(parts)).hexdigest()
 
 
@@ -168,8 +166,3 @@ class Students(DenseSource):
                 read = student.read([documents[index] for index in indices])
                 rows |= zip(indices, read, strict=True)
         return [rows[index] for index in range(len(documents))]
-
-
-def _digest(document: Document) -> bytes:
-    content = document.tokens_N.astype(np.int32).tobytes() + document.trained_N.tobytes()
-    return blake3(content).digest()

@@ -206,6 +206,33 @@ def make_trainer(
     matching: FeatureMatching | None = None,
 ) -> DFTTrainer:
     heldout = heldout_parts(config, material)
+    trainer = DFTTrainer(
+        model=model,
+        keep=config.keep,
+        matching=matching,
+        args=_arguments(config, material, evaluates=bool(heldout)),
+        train_dataset=material.train,
+        eval_dataset=heldout or None,
+        data_collator=material.collate,
+        processing_class=material.tokenizer,
+        callbacks=list(callbacks),
+    )
+    if trainer.is_fsdp_enabled and config.precision == "bf16":
+        # accelerate's policy would round to bf16 the targets passed to the model, the sums that it
+        # returns, and the gradients that processes add up.
+        plugin: Any = trainer.accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy,
+            cast_forward_inputs=False,
+            output_dtype=None,
+            reduce_dtype=torch.float32,
+        )
+    if config.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.patience))
+    return trainer
+
+
+def _arguments(config: TrainConfig, material: Material, *, evaluates: bool) -> TrainingArguments:
     early = config.patience is not None
     # Untyped: transformers annotates `fsdp` as a string, but warns if it gets one.
     given: dict[str, Any] = {
@@ -232,7 +259,7 @@ def make_trainer(
         save_strategy="steps",
         # The best model can be kept only if it is saved at the evaluation that finds it.
         save_steps=config.evaluate_every if early else config.save_every,
-        eval_strategy="steps" if heldout else "no",
+        eval_strategy="steps" if evaluates else "no",
         eval_steps=config.evaluate_every,
         load_best_model_at_end=early,
         # For example the remaining patience.
@@ -253,27 +280,4 @@ def make_trainer(
     # Several GPUs are used by several processes, never by DataParallel, which would divide the rows
     # of a batch and their targets at different places.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = DFTTrainer(
-        model=model,
-        keep=config.keep,
-        matching=matching,
-        args=arguments,
-        train_dataset=material.train,
-        eval_dataset=heldout or None,
-        data_collator=material.collate,
-        processing_class=material.tokenizer,
-        callbacks=list(callbacks),
-    )
-    if trainer.is_fsdp_enabled and config.precision == "bf16":
-        # accelerate's policy would round to bf16 the targets passed to the model, the sums that it
-        # returns, and the gradients that processes add up.
-        plugin: Any = trainer.accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy,
-            cast_forward_inputs=False,
-            output_dtype=None,
-            reduce_dtype=torch.float32,
-        )
-    if config.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(config.patience))
-    return trainer
+    return arguments

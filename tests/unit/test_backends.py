@@ -27,6 +27,12 @@ def clear_choice():
     checked_class.cache_clear()
 
 
+def assert_plain_torch_is_used(caplog, reason):
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(get_backend(CPU), TorchBackend)
+    assert reason in caplog.text
+
+
 def test_each_engine_has_its_own_buffers():
     one, other = get_backend(CPU), get_backend(CPU)
     assert isinstance(one, NumbaBackend)
@@ -41,9 +47,7 @@ def test_a_device_without_kernels_uses_plain_torch(caplog):
 
 def test_without_a_compiler_plain_torch_is_used(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "dftserve.sampling.backends.numba", None)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "no kernels" in caplog.text
+    assert_plain_torch_is_used(caplog, "no kernels")
 
 
 @pytest.mark.parametrize(
@@ -98,9 +102,7 @@ def test_kernels_that_are_wrong_in_one_case_are_not_used(case, monkeypatch, capl
         return done
 
     monkeypatch.setattr(NumbaBackend, "__call__", wrong)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "disagree" in caplog.text
+    assert_plain_torch_is_used(caplog, "disagree")
 
 
 def test_kernels_that_change_an_invalid_row_are_not_used(monkeypatch, caplog):
@@ -110,9 +112,7 @@ def test_kernels_that_change_an_invalid_row_are_not_used(monkeypatch, caplog):
         return done
 
     monkeypatch.setattr(NumbaBackend, "__call__", wrong)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "disagree" in caplog.text
+    assert_plain_torch_is_used(caplog, "disagree")
 
 
 def test_kernels_that_ignore_token_classes_are_not_used(monkeypatch, caplog):
@@ -124,17 +124,13 @@ def test_kernels_that_ignore_token_classes_are_not_used(monkeypatch, caplog):
         return call(self, logits_XV, controls, rows_R)
 
     monkeypatch.setattr(NumbaBackend, "__call__", wrong)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "disagree" in caplog.text
+    assert_plain_torch_is_used(caplog, "disagree")
 
 
 def test_slots_that_lose_the_statistics_of_a_resumed_request_are_not_used(monkeypatch, caplog):
     open_slot = NumbaSlots.open
     monkeypatch.setattr(NumbaSlots, "open", lambda self, slot, *_, **__: open_slot(self, slot))
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "disagree" in caplog.text
+    assert_plain_torch_is_used(caplog, "disagree")
 
 
 def test_wrong_slots_are_not_used(monkeypatch, caplog):
@@ -147,9 +143,7 @@ def test_wrong_slots_are_not_used(monkeypatch, caplog):
         return done
 
     monkeypatch.setattr(NumbaBackend, "step", forgetting)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "disagree" in caplog.text
+    assert_plain_torch_is_used(caplog, "disagree")
 
 
 def test_kernels_that_fail_are_not_used(monkeypatch, caplog):
@@ -157,9 +151,7 @@ def test_kernels_that_fail_are_not_used(monkeypatch, caplog):
         raise RuntimeError("a compiler that fails")
 
     monkeypatch.setattr(NumbaBackend, "__call__", failing)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(get_backend(CPU), TorchBackend)
-    assert "a compiler that fails" in caplog.text
+    assert_plain_torch_is_used(caplog, "a compiler that fails")
 
 
 COOLED = {"law": "dynatemp", "dynatemp_range": 1.0, "dynatemp_exponent": 10.0}

@@ -106,8 +106,6 @@ def test_permutation_p_approximates_the_share_over_all_splits():
         test = two_sample.mmd_test(x, y, 1.3, permutations=20_000, seed=seed)
         assert test.mmd2 == pytest.approx(every[0])
         assert test.p == pytest.approx(np.mean(np.array(every) >= every[0] - 1e-9), abs=0.022)
-        assert test.null_mean == pytest.approx(np.mean(every), abs=0.02)
-        assert test.null_high in [pytest.approx(value) for value in every]
 
 
 def test_permutation_p_of_two_halves_of_a_sample_is_uniform():
@@ -127,7 +125,6 @@ def test_permutation_p_of_different_sources_is_the_smallest_possible():
     test = two_sample.mmd_test(x, y, 1.5, permutations=499)
     assert test.p == 1 / 500
     assert test.value == math.sqrt(test.mmd2)
-    assert test.mmd2 > test.null_high > test.null_mean
     assert test == two_sample.mmd_test(x, y, 1.5, permutations=499)
 
 

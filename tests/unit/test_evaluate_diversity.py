@@ -235,11 +235,15 @@ def test_vendi_refuses_invalid_orders(q):
 # Zipf and burstiness
 
 
+def zipf_slope(texts):
+    return lexical.zipf_slope(np.array(list(Counter(itertools.chain(*texts)).values())))
+
+
 @pytest.mark.parametrize("power", [1, 2])
 def test_zipf_slope_of_a_power_law_is_its_exponent(power):
     scale = math.lcm(*range(1, 9)) ** power
     texts = [[str(rank)] * (scale // rank**power) for rank in range(1, 9 if power == 1 else 5)]
-    assert lexical.zipf_slope(texts) == pytest.approx(-power)
+    assert zipf_slope(texts) == pytest.approx(-power)
 
 
 def test_zipf_slope_is_least_squares():
@@ -250,14 +254,14 @@ def test_zipf_slope_is_least_squares():
             continue
         ranks = np.log(range(1, len(counts) + 1))
         wanted = np.polyfit(ranks, np.log(counts), 1)[0]
-        assert lexical.zipf_slope(texts) == pytest.approx(wanted, abs=1e-9)
-        assert lexical.zipf_slope(texts * 3) == pytest.approx(wanted, abs=1e-9)
+        assert zipf_slope(texts) == pytest.approx(wanted, abs=1e-9)
+        assert zipf_slope(texts * 3) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_zipf_slope_leaves_out_rare_words():
     common = [[str(rank)] * 2 for rank in range(lexical.ZIPF_RANKS)]
-    assert lexical.zipf_slope(common) == pytest.approx(0, abs=1e-12)
-    assert lexical.zipf_slope([*common, ["once"]]) == pytest.approx(0, abs=1e-12)
+    assert zipf_slope(common) == pytest.approx(0, abs=1e-12)
+    assert zipf_slope([*common, ["once"]]) == pytest.approx(0, abs=1e-12)
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.integers(1, 9))
@@ -335,7 +339,7 @@ def test_distinct_k_rises_from_1_to_the_number_of_classes(labels):
         lambda: lexical.compression_ratio([""]),
         lambda: lexical.self_repetition([["a"]]),
         lambda: lexical.self_repetition([["a"], ["b"]], 0),
-        lambda: lexical.zipf_slope([["a", "a"]]),
+        lambda: lexical.zipf_slope(np.array([2])),
         lambda: lexical.burstiness([]),
         lambda: lexical.burstiness([3, -1]),
     ],

@@ -35,7 +35,15 @@ from dftserve.train.prepare import make_trainer, matching_of, prepare
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from tests.future import no_future_warnings
-from tests.training import FAMILIES, SMALL, VOCABULARY, save_model, save_store, small_model
+from tests.training import (
+    FAMILIES,
+    SMALL,
+    VOCABULARY,
+    save_model,
+    save_store,
+    small_model,
+    small_run,
+)
 
 pytestmark = no_future_warnings
 
@@ -440,19 +448,8 @@ def test_the_mean_distance_estimate_of_a_batch_is_the_distance(store):
 
 @pytest.fixture
 def run(base, store, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        model=str(base),
-        targets=str(store),
-        output=str(tmp_path / "run"),
-        feature_matching=FeatureMatchingConfig(samples=3, length=3, every=8),
-        max_length=64,
-        batch_size=2,
-        steps=6,
-        learning_rate=1e-2,
-        save_every=2,
-        evaluate_every=3,
-        log_every=1,
-    )
+    matching = FeatureMatchingConfig(samples=3, length=3, every=8)
+    return small_run(base, store, tmp_path / "run", feature_matching=matching)
 
 
 def weights_of(final: Path) -> dict[str, torch.Tensor]:

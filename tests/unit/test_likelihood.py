@@ -9,13 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dftserve.evaluate.metrics.likelihood import (
-    bits_of,
-    bits_per_byte,
-    surprisal,
-    surprisal_of,
-    token_nats,
-)
+from dftserve.evaluate.metrics.likelihood import bits_of, surprisal_of, token_nats
 from dftserve.targets.teacher import Teacher
 from tests.training import VOCABULARY, WORDS, save_model, small_model, tokenizer
 
@@ -57,10 +51,9 @@ def test_every_token_is_scored_as_by_the_plain_loop(tmp_path, family, window, st
         np.testing.assert_allclose(nats_T, expected_T, atol=2e-5)
     bits = sum(map(sum, expected)) / math.log(2)
     size = sum(len(each.encode()) for each in texts)
-    options = {"window": window, "stride": stride, "batch_size": 3}
-    assert bits_per_byte(folder, texts, **options).value == pytest.approx(bits / size, abs=1e-5)
+    assert bits_of(texts, nats).value == pytest.approx(bits / size, abs=1e-5)
     flat = np.concatenate(expected)
-    figures = surprisal(folder, texts, **options)
+    figures = surprisal_of(nats)
     assert figures.mean.value == pytest.approx(flat.mean(), abs=1e-5)
     assert figures.sd.value == pytest.approx(flat.std(), abs=1e-5)
     assert figures.tokens == len(flat)
@@ -72,10 +65,11 @@ def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     texts = [text(40), text(7, seed=1), "w1 ünknown w3"]
-    bits = bits_per_byte(tmp_path, texts, window=16, stride=5)
+    nats = token_nats(tmp_path, texts, window=16, stride=5)
+    bits = bits_of(texts, nats)
     size = sum(len(each.encode()) for each in texts)
     assert bits.value == pytest.approx(50 * math.log2(VOCABULARY) / size, rel=1e-6)
-    figures = surprisal(tmp_path, texts, window=16, stride=5)
+    figures = surprisal_of(nats)
     assert figures.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
     assert figures.sd.value == pytest.approx(0, abs=1e-6)
     assert figures.mean.high - figures.mean.low < 1e-5
@@ -92,10 +86,11 @@ def test_window_stride_batch_and_order_do_not_matter_for_short_texts(
     model, lengths, window, stride, batch_size, random
 ):
     texts = [text(length, seed) for seed, length in enumerate(lengths)]
-    expected = bits_per_byte(model, texts, window=128, stride=64, batch_size=1)
+    expected = bits_of(texts, token_nats(model, texts, window=128, stride=64, batch_size=1))
     shuffled = list(texts)
     random.shuffle(shuffled)
-    bits = bits_per_byte(model, shuffled, window=window, stride=stride, batch_size=batch_size)
+    nats = token_nats(model, shuffled, window=window, stride=stride, batch_size=batch_size)
+    bits = bits_of(shuffled, nats)
     assert bits.value == pytest.approx(expected.value, rel=1e-5)
     if len(texts) > 1:
         assert bits.low == pytest.approx(expected.low, rel=1e-5)
@@ -104,9 +99,10 @@ def test_window_stride_batch_and_order_do_not_matter_for_short_texts(
 
 def test_the_interval_contains_the_ratio_and_one_text_has_none(model):
     texts = [text(length, seed=length) for length in range(2, 22)]
-    bits = bits_per_byte(model, texts, window=64, stride=32)
+    nats = token_nats(model, texts, window=64, stride=32)
+    bits = bits_of(texts, nats)
     assert bits.low < bits.value < bits.high
-    assert bits_per_byte(model, texts[:1], window=64, stride=32).low is None
+    assert bits_of(texts[:1], nats[:1]).low is None
 
 
 def test_a_smaller_stride_gives_more_context(model):
@@ -135,24 +131,24 @@ def test_the_begin_token_comes_first_if_there_is_one(tmp_path):
 def test_invalid_arguments_are_refused(model, tmp_path):
     given = {"window": 16, "stride": 8}
     with pytest.raises(ValueError, match="texts: got none"):
-        bits_per_byte(model, [], **given)
+        token_nats(model, [], **given)
     with pytest.raises(ValueError, match=r"texts\[1\]: got ' ', which has no token"):
-        bits_per_byte(model, ["w1", " "], **given)
+        token_nats(model, ["w1", " "], **given)
     for window, stride in ((16, 16), (16, 0), (1, 1)):
         with pytest.raises(ValueError, match=f"got {window} and {stride}"):
-            bits_per_byte(model, ["w1"], window=window, stride=stride)
+            token_nats(model, ["w1"], window=window, stride=stride)
     with pytest.raises(ValueError, match="batch_size: got 0"):
-        surprisal(model, ["w1"], **given, batch_size=0)
+        token_nats(model, ["w1"], **given, batch_size=0)
     with pytest.raises(ValueError, match=r"window: got 256; .* up to 128"):
-        bits_per_byte(model, ["w1"], window=256, stride=8)
+        token_nats(model, ["w1"], window=256, stride=8)
     with pytest.raises(ValueError, match="no such folder"):
-        bits_per_byte(tmp_path / "nothing", ["w1"], **given)
+        token_nats(tmp_path / "nothing", ["w1"], **given)
     endless = tokenizer()
     endless.eos_token = None
     small_model().save_pretrained(tmp_path)
     endless.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a begin nor an end token"):
-        bits_per_byte(tmp_path, ["w1"], **given)
+        token_nats(tmp_path, ["w1"], **given)
 
 
 def test_weights_that_could_run_code_are_refused(model, tmp_path):
@@ -162,7 +158,7 @@ def test_weights_that_could_run_code_are_refused(model, tmp_path):
     network.config.save_pretrained(tmp_path)
     torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        bits_per_byte(tmp_path, ["w1"], window=16, stride=8)
+        token_nats(tmp_path, ["w1"], window=16, stride=8)
 
 
 class OnAnotherDevice(torch.Tensor):

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dftserve.evaluate.metrics.likelihood import bits_per_byte
+from dftserve.evaluate.metrics.likelihood import token_nats
 from dftserve.lm import LanguageModel
 from dftserve.pretrained import Examined, _warn_float32, dtype_for, examine, load
 from dftserve.targets.run import Job, build
@@ -301,7 +301,7 @@ def test_every_command_refuses_an_unusable_model_and_writes_nothing(
         lambda: train(run),
         lambda: plan_of(run),
         lambda: build(job, lambda line: None),
-        lambda: bits_per_byte(base, ["w1 w2"]),
+        lambda: token_nats(base, ["w1 w2"]),
     ):
         with pytest.raises(ValueError, match=message) as refused:
             call()

@@ -44,7 +44,16 @@ from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.stores import _check_splits, store_names
 from dftserve.train.target_weight import differs
-from tests.training import VOCABULARY, WORDS, Noise, save_model, save_store, save_texts, tokenizer
+from tests.training import (
+    VOCABULARY,
+    WORDS,
+    Noise,
+    save_model,
+    save_store,
+    save_texts,
+    small_run,
+    tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +67,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(folder, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        model=str(folder / "base"),
-        targets=mixed(folder, stories=0.7, answers=0.3),
-        output=str(tmp_path / "run"),
-        max_length=32,
-        batch_size=2,
-        steps=6,
-        learning_rate=1e-2,
-        save_every=2,
-        evaluate_every=3,
-        log_every=1,
-    )
+    targets = mixed(folder, stories=0.7, answers=0.3)
+    return small_run(folder / "base", targets, tmp_path / "run", max_length=32)
 
 
 def mixed(folder: Path, **weights: float) -> tuple[StoreConfig, ...]:

@@ -21,6 +21,7 @@ from dftserve import spec
 from tests.group_reference import cut_reference, drawn_reference, first_code_reference
 from tests.reference import reference
 from tests.vllm_config import config
+from tests.vllm_requests import params_of, refused
 
 V, T, STEPS = 40, 0.9, 8
 SIZE = 1024
@@ -35,17 +36,6 @@ def configured(monkeypatch):
     fields = {"model_config": model, "use_v2_model_runner": True}
     monkeypatch.setattr(engine, "_config", config(**fields))
     return fields
-
-
-def ask(**fields):
-    request = CompletionRequest(model="m", prompt="x", **fields)
-    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
-
-
-def refused(**fields) -> VLLMValidationError:
-    with pytest.raises(VLLMValidationError) as refusal:
-        ask(**fields)
-    return refusal.value
 
 
 def member(index=0, level=0.5, identity="a", **fields):
@@ -262,31 +252,31 @@ def test_nothing_is_drawn_if_no_row_belongs_to_a_group(monkeypatch, runner):
     ],
 )
 def test_each_choice_has_its_index_and_the_seed_determines_the_group(configured, fields):
-    choices = children(ask(seed=7, **fields))
+    choices = children(params_of(seed=7, **fields))
     memberships = [child.extra_args["diversity"]["group"] for child in choices]
     assert [each["index"] for each in memberships] == [0, 1, 2, 3]
     assert {each["size"] for each in memberships} == {4}
     assert len({each["id"] for each in memberships}) == 1
     assert [child.seed for child in choices] == [7, 8, 9, 10]
     assert len({child.extra_args["diversity_id"] for child in choices}) == 4
-    again = children(ask(seed=7, **fields), request_id="other")
+    again = children(params_of(seed=7, **fields), request_id="other")
     assert [child.extra_args["diversity"]["group"] for child in again] == memberships
-    other = children(ask(seed=8, **fields))
+    other = children(params_of(seed=8, **fields))
     assert other[0].extra_args["diversity"]["group"]["id"] != memberships[0]["id"]
 
 
 def test_without_a_seed_each_request_has_its_own_group(configured):
     fields = {"diversity": {"level": 0, "group": True}, "n": 2}
-    first, second = (children(ask(**fields), request_id=name) for name in "ab")
+    first, second = (children(params_of(**fields), request_id=name) for name in "ab")
     names = [child.extra_args["diversity"]["group"]["id"] for child in (*first, *second)]
     assert names[0] == names[1] != names[2] == names[3]
 
 
 def test_the_group_of_a_single_text_reaches_the_worker_unchanged(configured):
-    carried = ask(diversity={"level": 0.5, "group": MEMBER}).extra_args
+    carried = params_of(diversity={"level": 0.5, "group": MEMBER}).extra_args
     assert carried["diversity"]["group"] == MEMBER
     assert spec.parse(carried["diversity"]).group == spec.Group(**MEMBER)
-    assert ask(diversity={"level": 0.5, "group": False}).extra_args["diversity"] == {
+    assert params_of(diversity={"level": 0.5, "group": False}).extra_args["diversity"] == {
         "law": "gated",
         "level": 0.5,
         "max_temperature": 4.0,
@@ -354,7 +344,7 @@ def test_with_watermarking_only_groups_are_refused(configured, monkeypatch):
     error = refused(diversity={"level": 0.5, "group": True}, n=2)
     assert "watermark" in str(error)
     assert engine.refusal_of_groups() == groups.WATERMARKED
-    ask(diversity=0.5, n=2)
+    params_of(diversity=0.5, n=2)
 
 
 def test_beam_search_is_refused_with_a_group_at_level_0(configured):
@@ -368,9 +358,9 @@ def test_a_group_in_the_default_applies_to_several_choices_only(configured, monk
     monkeypatch.setenv(spec.DEFAULT_VARIABLE, '{"level": 0.5, "group": true}')
     request_params.default_diversity.cache_clear()
     try:
-        assert ask(n=3).extra_args["diversity"]["group"] is True
-        assert "group" not in ask().extra_args["diversity"]
-        assert ask(n=2000).extra_args is None
+        assert params_of(n=3).extra_args["diversity"]["group"] is True
+        assert "group" not in params_of().extra_args["diversity"]
+        assert params_of(n=2000).extra_args is None
         monkeypatch.setenv(
             spec.DEFAULT_VARIABLE,
             '{"level": 0.5, "group": {"id": "a", "index": 0, "size": 2}}',

@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-from dftserve_vllm import capabilities, engine, human, request_context, request_params
+from dftserve_vllm import capabilities, engine, human, request_context
 from dftserve_vllm.request_context import RequestContext
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from dftserve.spec import Promise
+from tests.vllm_requests import params_of
 
 EFFECTIVE = {"law": "budget", "target_entropy": 1.25, "max_temperature": 4.0}
 
@@ -28,17 +28,12 @@ def served(tmp_path, monkeypatch):
     human._promised.cache_clear()
 
 
-def ask(**fields):
-    request = CompletionRequest(model="m", prompt="x", **fields)
-    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
-
-
 @pytest.mark.parametrize(
     "fields", [{"diversity": "human"}, {"vllm_xargs": {"diversity": "human"}}], ids=["top", "xargs"]
 )
 def test_human_is_the_budget_law_at_the_target_entropy(served, fields):
     Promise(recipe="r", target_entropy=1.25).write(served)
-    assert ask(**fields).extra_args["diversity"] == EFFECTIVE
+    assert params_of(**fields).extra_args["diversity"] == EFFECTIVE
     assert capabilities.capabilities()["human"] == EFFECTIVE
 
 
@@ -47,7 +42,7 @@ def test_the_answer_reports_the_effective_diversity(served):
     context = RequestContext()
     token = request_context.current.set(context)
     try:
-        ask(diversity="human")
+        params_of(diversity="human")
     finally:
         request_context.current.reset(token)
     assert EFFECTIVE.items() <= context.members()["diversity"].items()
@@ -60,14 +55,14 @@ def test_without_a_target_entropy_human_is_refused(served, written):
     elif written != "nothing":
         Promise(recipe="r", target_entropy=0.0 if written == "entropy 0" else None).write(served)
     with pytest.raises(VLLMValidationError, match="target_entropy above 0") as raised:
-        ask(diversity="human")
+        params_of(diversity="human")
     assert raised.value.parameter == "diversity"
     assert "got 'human'; accepted: a number from 0" in str(raised.value)
     assert capabilities.capabilities()["human"] is None
-    assert ask(diversity=0.5).extra_args["diversity"]["level"] == 0.5
+    assert params_of(diversity=0.5).extra_args["diversity"]["level"] == 0.5
 
 
 def test_human_is_refused_before_the_engine_is_configured(monkeypatch):
     monkeypatch.setattr(engine, "_config", None)
     with pytest.raises(VLLMValidationError, match="target_entropy above 0"):
-        ask(diversity="human")
+        params_of(diversity="human")

@@ -12,7 +12,6 @@ from dftserve_vllm.request_context import PromptContext
 from dftserve_vllm.v1 import V1Processor
 from dftserve_vllm.v2 import V2Processor
 from vllm import SamplingParams
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
@@ -20,6 +19,7 @@ from dftserve.sampling.draws import draw_key
 from dftserve.spec import parse
 from tests.reference import draw_reference
 from tests.vllm_config import config
+from tests.vllm_requests import params_of
 
 XTC = {"law": "xtc", "xtc_probability": 0.5}
 ROW = torch.tensor([0.5, 0.3, 0.2]).log()
@@ -121,29 +121,24 @@ def test_identities_contain_a_token_of_the_server_start():
     assert another_start.fresh_name().split("-")[1] != first.split("-")[1]
 
 
-def ask(diversity, min_p=None):
-    request = CompletionRequest(model="m", prompt="x", diversity=diversity, min_p=min_p)
-    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
-
-
 SIGMA = {"law": "top_n_sigma", "n_sigma": 1}
 
 
 def test_min_p_becomes_the_guard_of_laws_with_a_guard():
-    sampling_params = ask(XTC, min_p=0.1)
+    sampling_params = params_of(diversity=XTC, min_p=0.1)
     assert (sampling_params.min_p, sampling_params.extra_args["diversity"]["min_p"]) == (0, 0.1)
-    assert ask({"law": "guard", "min_p": 0.1}, min_p=0.1).min_p == 0
-    assert "min_p" not in ask(SIGMA).extra_args["diversity"]
+    assert params_of(diversity={"law": "guard", "min_p": 0.1}, min_p=0.1).min_p == 0
+    assert "min_p" not in params_of(diversity=SIGMA).extra_args["diversity"]
 
 
 def test_min_p_is_refused_with_a_law_that_has_its_own_cut():
     with pytest.raises(VLLMValidationError, match="with the law 'top_n_sigma'") as raised:
-        ask(SIGMA, min_p=0.1)
+        params_of(diversity=SIGMA, min_p=0.1)
     assert raised.value.parameter == "min_p"
 
 
 def test_a_default_law_with_its_own_cut_is_not_applied_to_requests_with_min_p(monkeypatch):
     monkeypatch.setattr(request_params, "default_diversity", lambda: parse(SIGMA))
-    assert ask(None).extra_args["diversity"] == SIGMA
-    sampling_params = ask(None, min_p=0.1)
+    assert params_of(diversity=None).extra_args["diversity"] == SIGMA
+    sampling_params = params_of(diversity=None, min_p=0.1)
     assert (sampling_params.min_p, sampling_params.extra_args) == (0.1, None)

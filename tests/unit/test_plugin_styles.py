@@ -25,6 +25,7 @@ from dftserve.styles import profile as profiles
 from tests.style_reference import style_reference
 from tests.styles import pattern, stored
 from tests.vllm_config import config
+from tests.vllm_requests import params_of, refused
 
 V = 40
 CPU = torch.device("cpu")
@@ -166,17 +167,6 @@ def test_the_style_stage_does_not_run_if_no_row_has_a_style(monkeypatch, runner)
     assert not torch.equal(after_RV, logits_RV)
 
 
-def ask(**fields):
-    request = CompletionRequest(model="m", prompt="x", **fields)
-    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
-
-
-def refused(**fields) -> VLLMValidationError:
-    with pytest.raises(VLLMValidationError) as refusal:
-        ask(**fields)
-    return refusal.value
-
-
 @pytest.fixture
 def configured(monkeypatch):
     model = SimpleNamespace(is_diffusion=False, override_generation_config={})
@@ -194,14 +184,14 @@ def configured(monkeypatch):
     ],
 )
 def test_a_style_reaches_the_workers_with_its_profiles_values(configured, fields):
-    carried = ask(**fields).extra_args
+    carried = params_of(**fields).extra_args
     assert carried["style"] == {"name": "small", "strength": 1.0, "max_kl": 0.05}
     assert carried["diversity"] == {"law": "gated", "level": 0.0}
     assert carried["diversity_id"]
 
 
 def test_a_style_is_combined_with_a_diversity_and_min_p(configured):
-    carried = ask(style=HUMAN, diversity=0.5, min_p=0.1).extra_args
+    carried = params_of(style=HUMAN, diversity=0.5, min_p=0.1).extra_args
     assert carried["style"] == HUMAN
     assert carried["diversity"]["level"] == 0.5
     assert carried["diversity"]["min_p"] == 0.1
@@ -248,19 +238,19 @@ def test_a_law_that_cuts_by_the_whole_row_is_refused_with_a_style(configured, la
         carried = params("small", temperature, diversity={"law": law, **diversity})
         with pytest.raises(ValueError, match="gated"):
             DiversityProcessor.validate_params(carried)
-    ask(style={"name": "small", "strength": 0}, diversity={"law": law, **diversity})
+    params_of(style={"name": "small", "strength": 0}, diversity={"law": law, **diversity})
 
 
 def test_a_style_that_is_off_changes_nothing(configured):
-    assert ask(style={"name": "small", "strength": 0}).extra_args is None
-    assert ask(style="small", temperature=0).extra_args is None
+    assert params_of(style={"name": "small", "strength": 0}).extra_args is None
+    assert params_of(style="small", temperature=0).extra_args is None
 
 
 def answer_of(**fields) -> tuple[RequestContext, dict]:
     opened = RequestContext()
     token = request_context.current.set(opened)
     try:
-        ask(**fields)
+        params_of(**fields)
     finally:
         request_context.current.reset(token)
     row_F = np.zeros(COLUMNS)
@@ -367,7 +357,7 @@ def test_an_operators_default_is_dropped_if_it_is_incompatible_with_a_style(
 ):
     default = spec.parse({"law": "xtc", "xtc_probability": 0.5})
     monkeypatch.setattr(request_params, "default_diversity", lambda: default)
-    carried = ask(style="small").extra_args
+    carried = params_of(style="small").extra_args
     assert carried["style"]["name"] == "small"
     assert carried["diversity"]["law"] == "gated"
 
@@ -400,7 +390,7 @@ def test_an_operators_default_is_dropped_if_it_conflicts_with_the_clients_fields
         if style == {"style": "small"} and "stop_token_ids" in fields:
             assert refused(**style, **fields).parameter == "stop_token_ids"  # By the style.
             return
-        params = ask(**style, **fields)
+        params = params_of(**style, **fields)
         prompts = request_context.current.get().prompts
     finally:
         request_context.current.reset(token)
@@ -417,6 +407,6 @@ def test_an_operators_default_is_dropped_if_it_conflicts_with_the_clients_fields
 def test_a_clients_min_p_replaces_an_operators_default_with_min_p(configured, monkeypatch):
     guard = spec.parse({"law": "guard", "min_p": 0.05})
     monkeypatch.setattr(request_params, "default_diversity", lambda: guard)
-    params = ask(min_p=0.1)
+    params = params_of(min_p=0.1)
     assert params.min_p == 0.1
     assert "diversity" not in (params.extra_args or {})

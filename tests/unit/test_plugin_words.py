@@ -5,18 +5,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dftserve_vllm import engine, request_params, vocabulary
+from dftserve_vllm import engine, vocabulary
 from dftserve_vllm.processor import DiversityProcessor
 from dftserve_vllm.v1 import V1Processor
 from dftserve_vllm.v2 import V2Processor
 from vllm import SamplingParams
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
 from dftserve.sampling import Controls, TokenClasses, control_row, get_backend, transform
 from dftserve.spec import parse
 from tests.vllm_config import config
+from tests.vllm_requests import params_of
 
 V = 40
 WORDS = {"law": "words", "level": 0.8}
@@ -113,11 +113,6 @@ def engine_config(*, v2=False, asynchronous=False, processors=None):
     )
 
 
-def ask(diversity=WORDS):
-    request = CompletionRequest(model="m", prompt="x", diversity=diversity)
-    return request_params.honour(CompletionRequest.to_sampling_params)(request, 8, {})
-
-
 class Tokenizer:
     """A tokenizer whose tokens are bytes."""
 
@@ -140,11 +135,11 @@ def test_words_is_refused_with_a_reason_and_other_laws_are_not(
     monkeypatch.setattr(engine, "_config", given)
     monkeypatch.setattr("vllm.tokenizers.cached_tokenizer_from_config", lambda config: tokenizer)
     with pytest.raises(VLLMValidationError, match=names):
-        ask()
+        params_of(diversity=WORDS)
     with pytest.raises(ValueError, match=names):
         DiversityProcessor.validate_params(params())
-    assert ask(0.5).extra_args["diversity"]["law"] == "gated"
-    assert ask({"law": "words", "level": 0}).extra_args is None
+    assert params_of(diversity=0.5).extra_args["diversity"]["law"] == "gated"
+    assert params_of(diversity={"law": "words", "level": 0}).extra_args is None
 
 
 @pytest.mark.parametrize(
@@ -159,4 +154,4 @@ def test_words_is_refused_with_a_reason_and_other_laws_are_not(
 def test_words_is_accepted(monkeypatch, given):
     monkeypatch.setattr(engine, "_config", given)
     monkeypatch.setattr("vllm.tokenizers.cached_tokenizer_from_config", lambda config: Tokenizer())
-    assert ask().extra_args["diversity"]["law"] == "words"
+    assert params_of(diversity=WORDS).extra_args["diversity"]["law"] == "words"

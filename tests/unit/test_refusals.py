@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 
 from dftserve import spec
+from tests.vllm_requests import params_of, refused
 
 to_sampling_params = request_params.honour(CompletionRequest.to_sampling_params)
 MAX_MESSAGE = 1024
@@ -28,16 +29,6 @@ def config(*, runner="V2", diffusion=False, **speculative):
         speculative_config=SimpleNamespace(**speculative) if speculative else None,
         use_v2_model_runner=runner == "V2",
     )
-
-
-def params_of(**fields):
-    return to_sampling_params(CompletionRequest(model="m", prompt="x", **fields), 8, {})
-
-
-def refused(**fields) -> VLLMValidationError:
-    with pytest.raises(VLLMValidationError) as refusal:
-        params_of(**fields)
-    return refusal.value
 
 
 @pytest.mark.parametrize(

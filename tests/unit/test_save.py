@@ -19,7 +19,7 @@ from dftserve.train.plan import plan_of
 from dftserve.train.prepare import make_trainer, prepare
 from dftserve.train.run import train
 from dftserve.train.save import SaveError
-from tests.training import SMALL, save_model, save_store, small_model, tokenizer
+from tests.training import SMALL, save_model, save_store, small_model, small_run, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +29,8 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(store, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        model=str(save_model(tmp_path / "base")),
-        targets=str(store),
-        output=str(tmp_path / "run"),
-        max_length=64,
-        batch_size=2,
-        steps=2,
-        learning_rate=1e-2,
-        evaluate_every=2,
-        log_every=1,
-    )
+    base = save_model(tmp_path / "base")
+    return small_run(base, store, tmp_path / "run", steps=2, save_every=500, evaluate_every=2)
 
 
 # ── Before the first step ────────────────────────────────────────────────────────────────────────

@@ -2,9 +2,7 @@
 
 import json
 import math
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from dftserve.openai_client import ServerError
 from dftserve.targets.document import Document
 from dftserve.targets.served import ServedTeacher
+from tests import local_server
 
 V = 12
 REFUSED = (ValueError, ServerError)
@@ -51,28 +50,15 @@ def serving(answer):
     """The address of a server that answers by `answer(request)`, and the received requests."""
     received = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            received.append((self.path, request, self.headers.get("Authorization")))
-            status, content = answer(request)
-            body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def reply(request):
+        asked = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        received.append((request.path, asked, request.headers.get("Authorization")))
+        status, content = answer(asked)
+        body = content if isinstance(content, str) else json.dumps(content)
+        local_server.reply(request, status, body.encode(), **{"Content-Type": "application/json"})
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", received
-    finally:
-        server.shutdown()
-        server.server_close()
+    with local_server.serving(reply) as url:
+        yield url, received
 
 
 def document(length, seed=0):

@@ -345,7 +345,7 @@ def test_a_store_fits_only_its_tokenizer_template_and_vocabulary(tmp_path):
         opened.belongs_to(tokenizer="t", template="w", vocabulary=50_000)
     with pytest.raises(StoreError, match="another chat template"):
         opened.belongs_to(tokenizer="t", template=None, vocabulary=50_000)
-    with pytest.raises(StoreError, match="names tokens up to 49999; the model knows 49999"):
+    with pytest.raises(StoreError, match="token ids up to 49999; the model has 49999"):
         opened.belongs_to(tokenizer="t", template="v", vocabulary=49_999)
 
 

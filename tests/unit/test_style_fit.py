@@ -286,19 +286,10 @@ def test_too_few_answers_for_the_anchors_are_refused_before_the_first_round(tmp_
     """These compare eight answers to each prompt."""
     human = [Sample(text, f"asked {i % 16}") for i, text in enumerate(human_like(160))]
     reference.save(reference.build(human), tmp_path / "anchors")
-    profiles.write(tmp_path / "small", small())
-    (tmp_path / "prompts.txt").write_text("One.\nTwo.\nThree.\n")
-    job = Job(
-        server="http://127.0.0.1:1",
-        profile=tmp_path / "small",
-        prompts=tmp_path / "prompts.txt",
-        out=tmp_path / "out",
-        anchors=tmp_path / "anchors",
-        samples=4,
-    )
+    job = job_of(tmp_path, "http://127.0.0.1:1", anchors=tmp_path / "anchors", samples=4)
     with pytest.raises(ValueError, match="samples: got 4; accepted: 8 or more"):
         fit(job, lambda line: None)
-    assert not (tmp_path / "out").exists()
+    assert not job.out.exists()
 
 
 def test_an_empty_answer_keeps_its_place_among_those_to_its_prompt(tmp_path, monkeypatch):
@@ -311,31 +302,31 @@ def test_an_empty_answer_keeps_its_place_among_those_to_its_prompt(tmp_path, mon
     ]
     monkeypatch.setattr(fits.grid, "count_answers", lambda folder: len(made))
     monkeypatch.setattr(fits.grid, "generate", lambda *_, **__: made)
-    job = Job(
-        server="http://127.0.0.1:1",
-        profile=tmp_path,
-        prompts=tmp_path,
-        out=tmp_path,
-        served_as="fake",
-    )
+    job = job_of(tmp_path, "http://127.0.0.1:1", served_as="fake", samples=8)
     found = fits._answers(job, asked, "small-1", 1, print, lambda *_: None)
     assert Counter(each.group for each in found) == {prompt.group: 8 for prompt in asked}
     assert [each.text for each in found].count("") == 2
 
 
+def job_of(folder, server, **changed):
+    """A fit of two rounds of the profile `small`, with five prompts; writes both."""
+    profiles.write(folder / "small", small())
+    (folder / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
+    job = Job(
+        server=server,
+        profile=folder / "small",
+        prompts=folder / "prompts.txt",
+        out=folder / "fit",
+        rounds=2,
+        samples=1,
+    )
+    return replace(job, **changed)
+
+
 def test_a_fit_continues_when_the_server_has_the_next_profile(tmp_path):
-    profiles.write(tmp_path / "small", small())
-    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
     server = FakeServer("small-1")
     with serving(server) as url:
-        job = Job(
-            server=url,
-            profile=tmp_path / "small",
-            prompts=tmp_path / "prompts.txt",
-            out=tmp_path / "fit",
-            rounds=2,
-            samples=1,
-        )
+        job = job_of(tmp_path, url)
         with pytest.raises(
             ValueError, match=r"does not have the style 'small-2' \(it has: small-1"
         ):
@@ -360,18 +351,9 @@ def test_a_fit_continues_when_the_server_has_the_next_profile(tmp_path):
 
 
 def test_a_round_with_answers_of_another_model_is_refused(tmp_path):
-    profiles.write(tmp_path / "small", small())
-    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
     server = FakeServer("small-1")
     with serving(server) as url:
-        job = Job(
-            server=url,
-            profile=tmp_path / "small",
-            prompts=tmp_path / "prompts.txt",
-            out=tmp_path / "fit",
-            rounds=2,
-            samples=1,
-        )
+        job = job_of(tmp_path, url)
         with pytest.raises(ValueError, match="does not have the style 'small-2'"):
             fit(job, lambda line: None)
         server.name = "another"
@@ -381,8 +363,6 @@ def test_a_round_with_answers_of_another_model_is_refused(tmp_path):
 
 def test_a_round_with_answers_of_other_weights_is_refused(tmp_path, monkeypatch):
     """With a model folder, which is served again for each round."""
-    profiles.write(tmp_path / "small", small())
-    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}.\n" for n in range(5)))
 
     @contextmanager
     def running(model, *flags, env, log):
@@ -390,14 +370,7 @@ def test_a_round_with_answers_of_other_weights_is_refused(tmp_path, monkeypatch)
             yield SimpleNamespace(url=f"{url}/v1")
 
     monkeypatch.setattr(fits, "running", running)
-    job = Job(
-        server=str(save_model(tmp_path / "model")),
-        profile=tmp_path / "small",
-        prompts=tmp_path / "prompts.txt",
-        out=tmp_path / "fit",
-        rounds=2,
-        samples=1,
-    )
+    job = job_of(tmp_path, str(save_model(tmp_path / "model")))
     with pytest.raises(ValueError, match="does not have the style 'small-2'"):
         fit(job, lambda line: None)
     save_model(tmp_path / "model", seed=1)

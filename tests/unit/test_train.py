@@ -39,7 +39,7 @@ from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.target_weight import probe_steps, weights_shown
 from tests.future import no_future_warnings
-from tests.training import FAMILIES, save_config, save_model, save_store, small_model
+from tests.training import FAMILIES, save_config, save_model, save_store, small_model, small_run
 
 pytestmark = no_future_warnings
 
@@ -56,18 +56,7 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(base, store, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        model=str(base),
-        targets=str(store),
-        output=str(tmp_path / "run"),
-        max_length=64,
-        batch_size=2,
-        steps=6,
-        learning_rate=1e-2,
-        save_every=2,
-        evaluate_every=3,
-        log_every=1,
-    )
+    return small_run(base, store, tmp_path / "run")
 
 
 # ── Data ─────────────────────────────────────────────────────────────────────────────────────────

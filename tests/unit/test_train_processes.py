@@ -24,7 +24,7 @@ from dftserve.train.config import FeatureMatchingConfig, StoreConfig, TrainConfi
 from dftserve.train.material import read, steps_of_epoch
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
-from tests.training import save_config, save_model, save_sealed, save_store
+from tests.training import save_config, save_model, save_sealed, save_store, small_run
 
 OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -32,18 +32,8 @@ OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("processes")
-    return TrainConfig(
-        model=str(save_model(folder / "base")),
-        targets=str(save_store(folder / "store")),
-        output=str(folder / "run"),
-        max_length=64,
-        batch_size=2,
-        steps=12,
-        learning_rate=1e-2,
-        save_every=2,
-        evaluate_every=5,
-        log_every=1,
-    )
+    base, store = save_model(folder / "base"), save_store(folder / "store")
+    return small_run(base, store, folder / "run", steps=12, evaluate_every=5)
 
 
 def start_torchrun(*command: Path | str, **environment: str) -> subprocess.Popen:

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from dftserve import lock, settings
@@ -73,12 +72,7 @@ class AnswerStore(Generic[Row]):
             self._closing = opened.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.close()
 
     def append(self, row: Row) -> None:

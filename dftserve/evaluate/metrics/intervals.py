@@ -35,7 +35,7 @@ class Estimate:
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
-def mean(values_N: ArrayLike, *, groups: Sequence[str] = (), seed: int = 0) -> Estimate:
+def mean(values_N: ArrayLike, *, groups: Sequence[str] = ()) -> Estimate:
     """The mean and its percentile bootstrap interval over the N units, or their groups (`summed`).
 
     Raises:
@@ -48,7 +48,7 @@ def mean(values_N: ArrayLike, *, groups: Sequence[str] = (), seed: int = 0) -> E
         total, count = weights_G @ sums_G2
         return total / count
 
-    return over_units(sums_G2, ratio, seed)
+    return over_units(sums_G2, ratio)
 
 
 def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
@@ -83,7 +83,7 @@ def group_numbers(groups: Sequence[str]) -> NDArray[np.intp]:
     )
 
 
-def paired_difference(a_N: ArrayLike, b_N: ArrayLike, *, seed: int = 0) -> Estimate:
+def paired_difference(a_N: ArrayLike, b_N: ArrayLike) -> Estimate:
     """mean(b) − mean(a) over the same N units, resampled as pairs.
 
     Raises:
@@ -92,12 +92,10 @@ def paired_difference(a_N: ArrayLike, b_N: ArrayLike, *, seed: int = 0) -> Estim
     a_N, b_N = np.asarray(a_N, float), np.asarray(b_N, float)
     if a_N.shape != b_N.shape:
         raise ValueError(f"pairs: got {len(a_N)} and {len(b_N)} values; accepted: equal numbers.")
-    return mean(b_N - a_N, seed=seed)
+    return mean(b_N - a_N)
 
 
-def over_units(
-    units: NDArray, statistic: Callable[[NDArray, NDArray], float], seed: int = 0
-) -> Estimate:
+def over_units(units: NDArray, statistic: Callable[[NDArray, NDArray], float]) -> Estimate:
     """`statistic(weights_N, units)` at weights of one, and its bootstrap interval.
 
     The weights of a resample are how often each unit was drawn, so that a statistic over pairs can
@@ -112,14 +110,15 @@ def over_units(
     value = float(statistic(np.ones(count), units))
     if count == 1:
         return Estimate(value, None, None)
-    drawn_D = np.array([statistic(weights_N, units) for weights_N in resamples(count, seed)])
+    drawn_D = np.array([statistic(weights_N, units) for weights_N in resamples(count)])
     return estimate(value, drawn_D)
 
 
-def resamples(count: int, seed: int = 0) -> NDArray[np.float64]:
-    """float64 [D, N]: how often each of N units was drawn in each of D bootstrap resamples."""
+def resamples(count: int) -> NDArray[np.float64]:
+    """float64 [D, N]: how often each of N units was drawn in each of D bootstrap resamples. They
+    depend on N alone, so that figures of the same units have the same draws."""
     shares = np.full(count, 1 / count)
-    return np.random.default_rng(seed).multinomial(count, shares, size=DRAWS).astype(float)
+    return np.random.default_rng(0).multinomial(count, shares, size=DRAWS).astype(float)
 
 
 def estimate(value: float, drawn_D: NDArray) -> Estimate:

@@ -146,19 +146,16 @@ def vendi(similarity_TT: ArrayLike, q: float = 1.0) -> float:
     return float(np.exp(powers / (1 - q)))
 
 
-def zipf_slope(tokens: Sequence[Sequence[str]]) -> float:
+def zipf_slope(counts_G: NDArray) -> float:
     """The least-squares slope of ln frequency on ln rank, over the `ZIPF_RANKS` most frequent
-    tokens of all texts (all, if there are fewer); about −1 for prose, 0 if all are equally
-    frequent (Zipf 1935).
+    tokens (all, if there are fewer); about −1 for prose, 0 if all are equally frequent (Zipf 1935).
+
+    Args:
+        counts_G: how often each token occurs; may be 0.
 
     Raises:
         ValueError: fewer than two different tokens.
     """
-    return slope_on_rank(gram_counts(tokens, 1).sum(axis=0))
-
-
-def slope_on_rank(counts_G: NDArray) -> float:
-    """`zipf_slope` from counts of tokens, some of which may be 0."""
     frequencies = np.sort(counts_G[counts_G > 0])[::-1][:ZIPF_RANKS]
     if len(frequencies) < 2:
         raise ValueError(f"tokens: got {len(frequencies)} different; accepted: at least 2.")

@@ -1,7 +1,7 @@
 """Likelihood of texts under a causal language model: bits per byte, and the surprisal of tokens.
 
-    bits_per_byte("models/tuned", held_out_human_texts)
-    surprisal("models/reference", outputs)
+    bits_of(held_out_human_texts, token_nats("models/tuned", held_out_human_texts))
+    surprisal_of(token_nats("models/reference", outputs))
 
 Bits per byte of held-out human text measures coverage: lower is better. The surprisal of outputs
 should match that of human text in mean and spread; neither should be minimised.
@@ -39,37 +39,12 @@ class Surprisal:
     tokens: int
 
 
-def bits_per_byte(
-    model: str | Path,
-    texts: Sequence[str],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-) -> Estimate:
-    """Σ −log₂ p(token) / Σ bytes of UTF-8, over texts; the interval resamples texts.
+def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
+    """Σ −log₂ p(token) / Σ bytes of UTF-8, over texts, from the result of `token_nats`. The
+    interval resamples texts, or groups of them (`intervals.summed`) if there are groups.
 
     Comparable between models with different tokenizers, since the bytes are the same.
-
-    Args:
-        model: a folder, or a name on the Hugging Face hub; safetensors only, no remote code.
-        window: tokens that the model reads at once; None: its positions, at most `WINDOW`.
-        stride: tokens by which the window moves on, below `window`; None: half of it. Each token is
-            scored once: in a text longer than a window, with `window − stride` tokens of context or
-            more, except at the text's start.
-        batch_size: windows read at a time.
-
-    Raises:
-        ValueError: no texts, an empty one, a model or a tokenizer that cannot be used, or numbers
-            that are not accepted.
     """
-    found = token_nats(model, texts, window=window, stride=stride, batch_size=batch_size)
-    return bits_of(texts, found)
-
-
-def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
-    """`bits_per_byte` from the result of `token_nats`; resampled by group (`intervals.summed`) if
-    there are groups."""
     units_N2 = _sorted_units(
         [
             (nats_T.sum() / np.log(2), len(text.encode()))
@@ -85,24 +60,9 @@ def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str
     return over_units(units_N2, ratio)
 
 
-def surprisal(
-    model: str | Path,
-    texts: Sequence[str],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-) -> Surprisal:
-    """Mean and standard deviation of the tokens' surprisal; intervals resample texts.
-
-    Arguments and errors as in `bits_per_byte`.
-    """
-    found = token_nats(model, texts, window=window, stride=stride, batch_size=batch_size)
-    return surprisal_of(found)
-
-
 def surprisal_of(found: Sequence[NDArray], groups: Sequence[str] = ()) -> Surprisal:
-    """`surprisal` from the result of `token_nats`; `groups` as in `bits_of`."""
+    """Mean and standard deviation of the tokens' surprisal, from the result of `token_nats`;
+    intervals and `groups` as in `bits_of`."""
     # Centred on the common mean, to avoid subtracting large squares.
     centre = float(np.concatenate(found).mean())
     units_N3 = _sorted_units(
@@ -133,7 +93,17 @@ def token_nats(
     The first token is predicted from the tokenizer's begin token, or from its end token if it has
     none, as lm-eval does. The text's end is not scored.
 
-    Arguments and errors as in `bits_per_byte`.
+    Args:
+        model: a folder, or a name on the Hugging Face hub; safetensors only, no remote code.
+        window: tokens that the model reads at once; None: its positions, at most `WINDOW`.
+        stride: tokens by which the window moves on, below `window`; None: half of it. Each token is
+            scored once: in a text longer than a window, with `window − stride` tokens of context or
+            more, except at the text's start.
+        batch_size: windows read at a time.
+
+    Raises:
+        ValueError: no texts, an empty one, a model or a tokenizer that cannot be used, or numbers
+            that are not accepted.
     """
     from dftserve.pretrained import examine
     from dftserve.targets.document import load_tokenizer

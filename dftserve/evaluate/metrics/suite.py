@@ -248,7 +248,7 @@ def _wording(texts: Windows, tokens_T: Sequence[Sequence[str]]) -> dict[str, Est
         "self_bleu": _of_set(texts, lambda at: bleu_T[at].mean()),
         "compression": _of_set(texts, lambda at: lexical.compression_ratio(_pick(texts.texts, at))),
         "self_repetition": _of_set(texts, lambda at: repetition_T[at].mean()),
-        "zipf": _without_each(words_KV, lexical.slope_on_rank),
+        "zipf": _without_each(words_KV, lexical.zipf_slope),
     }
 
 
