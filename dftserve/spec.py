@@ -574,6 +574,14 @@ MAX_SHOWN = 80
 
 
 class _Short(reprlib.Repr):
+    """Writes true, false and null as a client does, in JSON."""
+
+    def repr_bool(self, x: bool, level: int) -> str:
+        return "true" if x else "false"
+
+    def repr_NoneType(self, x: None, level: int) -> str:
+        return "null"
+
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
         """Formats only the first keys: the base class would sort all of them."""
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)

@@ -306,7 +306,7 @@ def test_offline_choices_have_their_index_too():
         (MEMBER | {"index": 4}, {}, "diversity.group.index", "whole number from 0 to 3"),
         (MEMBER | {"index": -1}, {}, "diversity.group.index", "got -1; accepted: a whole"),
         (MEMBER | {"index": 0.5}, {}, "diversity.group.index", "got 0.5"),
-        (MEMBER | {"index": True}, {}, "diversity.group.index", "got True"),
+        (MEMBER | {"index": True}, {}, "diversity.group.index", "got true"),
         (MEMBER | {"size": 1}, {}, "diversity.group.size", "whole number from 2 to 1024"),
         (MEMBER | {"size": 1025}, {}, "diversity.group.size", "got 1025"),
         (MEMBER | {"size": math.inf}, {}, "diversity.group.size", "got inf"),

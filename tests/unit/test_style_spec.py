@@ -37,11 +37,11 @@ def test_a_style_is_a_name_or_an_object():
     ("value", "message"),
     [
         ({"name": "human", "strength": 1.5}, "style.strength: got 1.5; accepted: a number"),
-        ({"name": "human", "strength": True}, "style.strength: got True"),
+        ({"name": "human", "strength": True}, "style.strength: got true"),
         ({"name": ""}, "style.name: got ''; accepted: the name of a style"),
         ({"name": "a\ud800"}, r"style.name: got 'a\\ud800'; accepted: valid Unicode"),
         ({"nmae": "human"}, "style.nmae: got 'human'; accepted: name, .*did you mean 'name'"),
-        (None, "style: got None; accepted: the name of a style, or an object"),
+        (None, "style: got null; accepted: the name of a style, or an object"),
     ],
 )
 def test_invalid_values_are_refused_with_the_field(value, message):
