@@ -71,7 +71,7 @@ from provenance import machine, versions
 ROOT = Path(__file__).parents[1]
 ASKED: Mapping[str, Sequence[str]] = {
     STOCK: (STORIES, IFEVAL, MMLU),
-    SLIGHTLY_COOL: (STORIES, IFEVAL, MMLU),
+    SLIGHTLY_COOL: (STORIES, MMLU),
     WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
 }
 """Prompt sets by setting; each setting has its own engine."""

@@ -80,9 +80,11 @@ def phrases(document: Mapping[str, Any], model: str, setting: str) -> str:
 
 
 def accuracy(document: Mapping[str, Any], model: str, setting: str, task: str) -> str:
-    """The relative change, and the p of no change."""
+    """The relative change, and the p of no change; empty if the setting was not asked the task."""
     rows = document["accuracy"][task]
-    own, start = rows[f"{model}, {setting}"], rows[f"{START}, {STOCK}"]
+    own, start = rows.get(f"{model}, {setting}"), rows[f"{START}, {STOCK}"]
+    if own is None:
+        return ""
     return f"{100 * (own['value'] / start['value'] - 1):+.0f} % (p {own['p_to_start']:.2f})"
 
 
