@@ -397,11 +397,10 @@ def test_a_build_by_two_processes_resumes_after_sigint(tmp_path, novels, model):
     process = subprocess.Popen(
         [*command, "--processes", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    until = time.monotonic() + 60
-    while not out.exists() and process.poll() is None and time.monotonic() < until:
+    while not out.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate()[0]
     # A signal after the build may hit Python during its exit, which then prints a traceback.
     assert "Traceback" not in output or (out / "manifest.json").exists()
     assert not list(out.glob("*.partial"))
