@@ -7,9 +7,9 @@
         [--base-answers bench/results/texts/real_answers.jsonl.gz]
 
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
-(bench/real_answers.py) without the field at T 1 and at T .85, and with the law `words` at .25. The
-last two are the settings that bench/laws.py found best for a tuned model, of stock vLLM's and of
-ours. With `--base-answers`, the base model makes no new ones.
+(bench/real_answers.py) without the field at T 1, and with the law `words` at .25; sft and half way
+back also at T .85. The last two are the settings that bench/laws.py found best for a tuned model,
+of ours and of stock vLLM's. With `--base-answers`, the base model makes no new ones.
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
                 bench/real.py, next to stories by people to prompts that none was tuned on
     IFEval      the share of prompts all of whose instructions are followed
@@ -35,7 +35,7 @@ from typing import Any
 import click
 import headline_models
 import numpy as np
-from headline_models import BASE, MODELS, SFT, START, stories
+from headline_models import BASE, HALF_WAY_BACK, MODELS, SFT, START, stories
 from model_option import model_option
 from numpy.typing import NDArray
 from real import PEOPLE, RESULTS, Checks, by_setting, rounded, texts_of
@@ -75,6 +75,8 @@ ASKED: Mapping[str, Sequence[str]] = {
     WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
 }
 """Prompt sets by setting; each setting has its own engine."""
+COOLED = (SFT, HALF_WAY_BACK)
+"""The methods whose models are also asked at the best temperature without the field."""
 BOOK_CHARACTERS = 1500
 """Characters of each book that are scored, from its middle on."""
 
@@ -106,14 +108,14 @@ def main(
         unpack(base_answers, folders[BASE])
     for name, place in places.items():
         if name != BASE or base_answers is None:
-            answer_missing(place, folders[name], dtype)
+            answer_missing(place, folders[name], dtype, asked_of(name))
         check_instructions(folders[name])
     questions = mmlu(data_folder())
     answer_letters = {
         f"{name}, {setting}": letters(found, questions)
         for name, each in folders.items()
         for setting, found in by_setting(read_answers(each), MMLU).items()
-        if MMLU in ASKED.get(setting, ())
+        if MMLU in asked_of(name).get(setting, ())
     }
     likelihoods = {
         source: likelihood(places, texts) for source, texts in human_texts(data_folder()).items()
@@ -190,9 +192,17 @@ def unpack(packed_answers: Path, folder: Path) -> None:
             atomic.write_text(place, packed.read().decode())
 
 
-def answer_missing(model: Path, folder: Path, dtype: str) -> None:
+def asked_of(row: str) -> Mapping[str, Sequence[str]]:
+    """`ASKED` of the model with this row."""
+    is_cooled = row.partition(" (")[0] in COOLED
+    return {name: sets for name, sets in ASKED.items() if is_cooled or name != SLIGHTLY_COOL}
+
+
+def answer_missing(
+    model: Path, folder: Path, dtype: str, asked: Mapping[str, Sequence[str]]
+) -> None:
     """Make the model's answers that the folder does not have."""
-    for setting, names in ASKED.items():
+    for setting, names in asked.items():
         chosen = [part for name in names for part in ("--only", name)]
         options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
         script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
@@ -223,7 +233,7 @@ def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
         f"{name}, {setting}": checks.of_answers(found, asked.prompts)
         for name, given in answers.items()
         for setting, found in by_setting(given, STORIES).items()
-        if setting in ASKED
+        if setting in asked_of(name)
     }
     start = rows[f"{START}, {STOCK}"]
     return {
@@ -248,7 +258,7 @@ def followed(folders: Mapping[str, Path]) -> dict[str, list[bool]]:
     for name, folder in folders.items():
         settings = json.loads((folder / "ifeval.json").read_text())["settings"]
         for setting, by_key in settings.items():
-            if IFEVAL in ASKED.get(setting, ()):
+            if IFEVAL in asked_of(name).get(setting, ()):
                 found[f"{name}, {setting}"] = [all(by_key[key]) for key in sorted(by_key)]
     return found
 

@@ -54,7 +54,7 @@ from dftserve.targets.document import Document
 from dftserve.train.config import DivergenceConfig, FeatureMatchingConfig, TrainConfig
 from dftserve.train.run import train
 
-BASE, START, SFT = "base", "start", "sft"
+BASE, START, SFT, HALF_WAY_BACK = "base", "start", "sft", "half way back"
 WORDS = 250
 """Words that are kept of each answer that the start is tuned on."""
 LONGEST = 384
@@ -81,7 +81,7 @@ WAYS: Mapping[str, Way] = {
     "gem": Way(PLAIN, DivergenceConfig(name="gem", temperature=0.7)),
     "sft features": Way(PLAIN, DivergenceConfig(name="sft"), FeatureMatchingConfig()),
 }
-MEANS: Mapping[str, Sequence[str]] = {"half way": (START, SFT), "half way back": (BASE, SFT)}
+MEANS: Mapping[str, Sequence[str]] = {"half way": (START, SFT), HALF_WAY_BACK: (BASE, SFT)}
 MODELS = (START, *WAYS, *MEANS)
 BEGINNING = 6
 """Words by which stories of one prompt are recognised; a prompt in the data may include the start

@@ -611,10 +611,13 @@ def _in_processes(
     try:
         _start(workers)
         yield from _finished_tokens(results, workers)
-    finally:
+    except BaseException:
         for worker in workers:
             if worker.is_alive():
                 worker.terminate()
+        raise
+    finally:
+        # Workers that have built all are left to end by themselves.
         for worker in workers:
             if worker.pid is not None:
                 worker.join()
@@ -622,13 +625,15 @@ def _in_processes(
 
 def _start(workers: Sequence[Any]) -> None:
     """Start workers with SIGINT ignored: a terminal sends it to all processes, and the parent ends
-    the workers."""
+    the workers. One that the parent receives meanwhile takes effect when all have started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for worker in workers:
             worker.start()
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:
