@@ -310,6 +310,11 @@ class Controls:
         return self.numbers_RF[:, STYLE_STRENGTH]
 
     @property
+    def style_max_kl_R(self) -> Tensor:
+        """In nats per token."""
+        return self.numbers_RF[:, STYLE_MAX_KL]
+
+    @property
     def style_log_guard_R(self) -> Tensor:
         """ln a of the guard that precedes the style."""
         return self.numbers_RF[:, STYLE_LOG_GUARD]
