@@ -2,16 +2,18 @@
 
 import json
 import os
+import queue
 import random
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -406,6 +408,54 @@ def test_a_build_by_two_processes_resumes_after_sigint(tmp_path, novels, model):
     assert not list(out.glob("*.partial"))
     assert build(novels, model, out, "--processes", 2).exit_code == 0
     assert bytes_of(out) == bytes_of(tmp_path / "one")
+
+
+@dataclass
+class _Worker:
+    """A process of a build that has sent all of its results but has not ended yet."""
+
+    results: queue.SimpleQueue
+    pid: int | None = None
+    is_terminated: bool = False
+
+    def start(self) -> None:
+        self.pid = 1
+        self.results.put(None)
+
+    def is_alive(self) -> bool:
+        return True
+
+    def terminate(self) -> None:
+        self.is_terminated = True
+
+    def join(self) -> None:
+        pass
+
+
+def test_an_interrupt_while_the_processes_start_is_not_lost(monkeypatch):
+    workers = [_Worker(queue.SimpleQueue()) for _ in range(2)]
+    start = _Worker.start
+    monkeypatch.setattr(
+        _Worker, "start", lambda self: (os.kill(os.getpid(), signal.SIGINT), start(self))
+    )
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run._start(workers)
+    assert all(worker.pid for worker in workers)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_processes_that_have_built_all_end_by_themselves(monkeypatch):
+    """One that is ending would print a traceback if it were terminated."""
+    results = queue.SimpleQueue()
+    workers = [_Worker(results), _Worker(results)]
+    made = iter(workers)
+    context = SimpleNamespace(Queue=lambda: results, Process=lambda **_: next(made))
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: context)
+    nothing = cast(Any, None)
+    assert list(run._in_processes(nothing, nothing, nothing, {}, 2)) == []
+    assert not any(worker.is_terminated for worker in workers)
 
 
 def processes_of(parent: int) -> list[psutil.Process]:
