@@ -624,16 +624,21 @@ def _in_processes(
 
 
 def _start(workers: Sequence[Any]) -> None:
-    """Start workers with SIGINT ignored: a terminal sends it to all processes, and the parent ends
-    the workers. One that the parent receives meanwhile takes effect when all have started."""
+    """Start workers that SIGINT does not reach: a terminal sends it to all processes, and the
+    parent ends the workers. One that the parent receives meanwhile takes effect when all have
+    started."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    # The workers inherit the mask. In the parent, another thread may receive the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for worker in workers:
             worker.start()
     finally:
-        signal.signal(signal.SIGINT, before)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if received:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -433,6 +434,9 @@ class _Worker:
 
 
 def test_an_interrupt_while_the_processes_start_is_not_lost(monkeypatch):
+    """Even if another thread receives the signal."""
+    is_over = threading.Event()
+    threading.Thread(target=is_over.wait, daemon=True).start()
     workers = [_Worker(queue.SimpleQueue()) for _ in range(2)]
     start = _Worker.start
     monkeypatch.setattr(
@@ -441,6 +445,7 @@ def test_an_interrupt_while_the_processes_start_is_not_lost(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run._start(workers)
+    is_over.set()
     assert all(worker.pid for worker in workers)
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
