@@ -103,19 +103,18 @@ def main(
 ) -> None:
     models = models_in(folder, model, seeds)
     places = {name: each.place for name, each in models.items()}
-    folders = {name: each.answers for name, each in models.items()}
     if base_answers is not None:
-        unpack(base_answers, folders[BASE])
-    for name, place in places.items():
+        unpack(base_answers, models[BASE].answers)
+    for name, each in models.items():
         if name != BASE or base_answers is None:
-            answer_missing(place, folders[name], dtype, asked_of(name))
-        check_instructions(folders[name])
+            answer_missing(each, dtype)
+        check_instructions(each.answers)
+    given = {name: answers_of(each) for name, each in models.items()}
     questions = mmlu(data_folder())
     answer_letters = {
         f"{name}, {setting}": letters(found, questions)
-        for name, each in folders.items()
-        for setting, found in by_setting(read_answers(each), MMLU).items()
-        if MMLU in asked_of(name).get(setting, ())
+        for name, answers in given.items()
+        for setting, found in by_setting(answers, MMLU).items()
     }
     likelihoods = {
         source: likelihood(places, texts) for source, texts in human_texts(data_folder()).items()
@@ -126,9 +125,9 @@ def main(
         "versions": versions("vllm", "transformers", "harper-py"),
         "seeds": seeds,
         "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
-        "stories": story_rows({name: read_answers(each) for name, each in folders.items()}),
+        "stories": story_rows(given),
         "accuracy": {
-            "ifeval": shares(followed(folders)),
+            "ifeval": shares(followed(models)),
             "mmlu": shares(
                 {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}
             ),
@@ -140,8 +139,8 @@ def main(
         "perplexity": {source: each["perplexity"] for source, each in likelihoods.items()},
     }
     output.write_text(json.dumps(document, indent=1) + "\n")
-    made_here = {name: folders[name] for name in folders if name != BASE or base_answers is None}
-    pack(texts_of(output), answer_rows(made_here))
+    made_here = (name for name in given if name != BASE or base_answers is None)
+    pack(texts_of(output), answer_rows({name: given[name] for name in made_here}))
     print(json.dumps(document))
 
 
@@ -151,6 +150,14 @@ class Model:
 
     place: Path
     answers: Path
+    asked: Mapping[str, Sequence[str]]
+    """Prompt sets by setting."""
+
+    @classmethod
+    def of(cls, method: str, place: Path, answers: Path) -> "Model":
+        is_cooled = method in COOLED
+        asked = {name: each for name, each in ASKED.items() if is_cooled or name != SLIGHTLY_COOL}
+        return cls(place, answers, asked)
 
 
 def models_in(folder: Path, base: Path, seeds: Sequence[int]) -> dict[str, Model]:
@@ -160,12 +167,12 @@ def models_in(folder: Path, base: Path, seeds: Sequence[int]) -> dict[str, Model
         click.UsageError: there is no start to compare with.
     """
     answers = folder / "answers"
-    found = {BASE: Model(base, answers / BASE)}
+    found = {BASE: Model.of(BASE, base, answers / BASE)}
     for name, seed in product(MODELS, seeds):
         place = headline_models.place_of(folder, name, seed)
         if place.exists():
             row = name if name == START or seed == 0 else f"{name} (seed {seed})"
-            found[row] = Model(place, answers / headline_models.label(name, seed))
+            found[row] = Model.of(name, place, answers / headline_models.label(name, seed))
     if START not in found:
         raise click.UsageError(
             f"{headline_models.place_of(folder, START, 0)} does not exist; run "
@@ -192,21 +199,23 @@ def unpack(packed_answers: Path, folder: Path) -> None:
             atomic.write_text(place, packed.read().decode())
 
 
-def asked_of(row: str) -> Mapping[str, Sequence[str]]:
-    """`ASKED` of the model with this row."""
-    is_cooled = row.partition(" (")[0] in COOLED
-    return {name: sets for name, sets in ASKED.items() if is_cooled or name != SLIGHTLY_COOL}
-
-
-def answer_missing(
-    model: Path, folder: Path, dtype: str, asked: Mapping[str, Sequence[str]]
-) -> None:
-    """Make the model's answers that the folder does not have."""
-    for setting, names in asked.items():
+def answer_missing(model: Model, dtype: str) -> None:
+    """Make the model's answers that its folder does not have."""
+    for setting, names in model.asked.items():
         chosen = [part for name in names for part in ("--only", name)]
-        options = ["--model", model, "--folder", folder, "--dtype", dtype, "--setting", setting]
-        script = [sys.executable, ROOT / "bench" / "real_answers.py", *options, *chosen]
+        folders = ["--model", model.place, "--folder", model.answers]
+        options = [*folders, "--dtype", dtype, "--setting", setting, *chosen]
+        script = [sys.executable, ROOT / "bench" / "real_answers.py", *options]
         subprocess.run(list(map(str, script)), check=True)
+
+
+def answers_of(model: Model) -> list[Answer]:
+    """The answers to what the model is asked; the base model's folder may have others."""
+    return [
+        answer
+        for answer in read_answers(model.answers)
+        if answer.prompt_set in model.asked.get(answer.setting, ())
+    ]
 
 
 def check_instructions(folder: Path) -> None:
@@ -216,9 +225,9 @@ def check_instructions(folder: Path) -> None:
     subprocess.run(list(map(str, script)), check=True)
 
 
-def answer_rows(folders: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    for name, folder in folders.items():
-        for answer in read_answers(folder):
+def answer_rows(answers: Mapping[str, Sequence[Answer]]) -> Iterator[dict[str, Any]]:
+    for name, given in answers.items():
+        for answer in given:
             yield {"model": name, **asdict(answer)}
 
 
@@ -233,7 +242,6 @@ def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
         f"{name}, {setting}": checks.of_answers(found, asked.prompts)
         for name, given in answers.items()
         for setting, found in by_setting(given, STORIES).items()
-        if setting in asked_of(name)
     }
     start = rows[f"{START}, {STOCK}"]
     return {
@@ -251,14 +259,14 @@ def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
 # ── Accuracy ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def followed(folders: Mapping[str, Path]) -> dict[str, list[bool]]:
+def followed(models: Mapping[str, Model]) -> dict[str, list[bool]]:
     """By model and setting: for each prompt of IFEval, whether all of its instructions were
     followed."""
     found = {}
-    for name, folder in folders.items():
-        settings = json.loads((folder / "ifeval.json").read_text())["settings"]
+    for name, model in models.items():
+        settings = json.loads((model.answers / "ifeval.json").read_text())["settings"]
         for setting, by_key in settings.items():
-            if IFEVAL in asked_of(name).get(setting, ()):
+            if IFEVAL in model.asked.get(setting, ()):
                 found[f"{name}, {setting}"] = [all(by_key[key]) for key in sorted(by_key)]
     return found
 

@@ -32,22 +32,16 @@ from model_option import model_option
 from real import PEOPLE, RESULTS, Checks, read_at, rounded, texts_of
 from real_answers import (
     STORIES,
-    Answer,
     PromptSet,
-    add,
-    ask,
+    answer_missing,
     data_folder,
-    engine,
-    is_whole,
     pack,
-    place_of,
     prompt_set,
     read_answers,
 )
 from words import with_p
 
 from dftserve.evaluate import reference
-from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.metrics.intervals import Estimate, difference, from_left_out
 
 from provenance import machine, versions
@@ -126,7 +120,7 @@ SETTINGS: Settings = {name: each for law in LAWS.values() for name, each in law.
 def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> None:
     asked = prompt_set(STORIES, data_folder())
     asked = PromptSet(STORIES, asked.prompts, ANSWERS, asked.tokens, tuple(SETTINGS))
-    answer_missing(model, asked, folder, dtype)
+    answer_missing(model, [(asked, name) for name in SETTINGS], SETTINGS, folder, dtype)
     answers = read_answers(folder)
     checks = Checks(reference.build(stories()["measure"]))
     rows = {
@@ -150,16 +144,6 @@ def main(model: Path, folder: Path, called: str, dtype: str, output: Path) -> No
     output.write_text(json.dumps(document, indent=1) + "\n")
     pack(texts_of(output), map(asdict, answers))
     print(json.dumps(document))
-
-
-def answer_missing(model: Path, asked: PromptSet, folder: Path, dtype: str) -> None:
-    with AnswerStore(folder / "answers.jsonl", Answer) as store:
-        known = {place_of(row) for row in store.rows}
-        missing = [name for name in SETTINGS if not is_whole(asked, name, known)]
-        llm = engine(model, dtype, seed=len(known)) if missing else None
-        for count, name in enumerate(missing):
-            add(store, ask(llm, asked, name, SETTINGS[name]), known)
-            print(f"{count + 1}/{len(missing)} {name}", flush=True)
 
 
 # ── Laws as curves ───────────────────────────────────────────────────────────────────────────────

@@ -34,20 +34,16 @@ from real_answers import (
     WORDS,
     Answer,
     PromptSet,
-    ask,
+    answer_missing,
     data_folder,
-    engine,
-    is_whole,
     pack,
-    place_of,
     prompt_set,
     read_answers,
 )
 
-from dftserve.evaluate.generate.answers import AnswerStore
 from dftserve.evaluate.metrics import errors
 from dftserve.evaluate.metrics.intervals import Estimate, jackknife
-from dftserve.evaluate.text.tokenize import ngrams, word_starts, words
+from dftserve.evaluate.text.tokenize import ngrams, normalise, word_starts, words
 
 from provenance import machine, versions
 
@@ -90,15 +86,8 @@ def main(model: Path, folder: Path, dtype: str, output: Path) -> None:
 
 def answered(model: Path, asked: PromptSet, folder: Path, dtype: str) -> dict[str, list[Answer]]:
     """The answers by setting, in the order of the prompts; those that the folder has are reused."""
-    with AnswerStore(folder / "answers.jsonl", Answer) as store:
-        known = {place_of(row) for row in store.rows}
-        missing = [name for name in COMPARED if not is_whole(asked, name, known)]
-        llm = engine(model, dtype, seed=len(store.rows)) if missing else None
-        for name in missing:
-            whole = {**SETTINGS[name], "min_tokens": TOKENS}
-            for answer in ask(llm, asked, name, whole):
-                if place_of(answer) not in known:
-                    store.append(answer)
+    settings = {name: {**SETTINGS[name], "min_tokens": TOKENS} for name in COMPARED}
+    answer_missing(model, [(asked, name) for name in COMPARED], settings, folder, dtype)
     found = sorted(read_answers(folder), key=lambda answer: answer.prompt)
     return {name: [row for row in found if row.setting == name] for name in COMPARED}
 
@@ -118,24 +107,37 @@ def counts(text: str, linter: Any) -> Counts:
     """The counts of each fifth. The text is checked as a whole, since a part that begins within a
     sentence would have a mark for it."""
     starts_W = np.array(word_starts(text))
-    part_W = np.arange(len(starts_W)) * PARTS // max(len(starts_W), 1)
+    part_W = fifths(len(starts_W))
 
-    def by_part(index_N: Sequence[int] | NDArray[np.intp]) -> NDArray[np.int64]:
-        return np.bincount(part_W[np.asarray(index_N, int)], minlength=PARTS)
-
-    def word_at(mark: Any) -> int:
-        return max(int(np.searchsorted(starts_W, mark.span.start, side="right")) - 1, 0)
+    def marks_in(found: Sequence[Any]) -> NDArray[np.int64]:
+        """The number of marks in each fifth."""
+        starts = [mark.span.start for mark in found]
+        at = np.maximum(np.searchsorted(starts_W, starts, side="right") - 1, 0)
+        return in_fifths(part_W[at])
 
     found = list(errors.marks(text, linter)) if len(starts_W) else []
-    runs = ngrams(words(text), RUN)
+    runs = ngrams(words(normalise(text)), RUN)
+    # Normalising may change the number of words.
+    part_R = fifths(len(runs))
     earliest = {run: len(runs) - 1 - n for n, run in enumerate(reversed(runs))}
+    is_repeated_R = np.array([earliest[run] < n for n, run in enumerate(runs)], bool)
     return Counts(
-        words_K=by_part(range(len(starts_W))),
-        marks_K=by_part([word_at(mark) for mark in found]),
-        unknown_K=by_part([word_at(mark) for mark in found if errors.is_unknown(mark)]),
-        runs_K=by_part(range(len(runs))),
-        repeated_K=by_part([n for n, run in enumerate(runs) if earliest[run] < n]),
+        words_K=in_fifths(part_W),
+        marks_K=marks_in(found),
+        unknown_K=marks_in([mark for mark in found if errors.is_unknown(mark)]),
+        runs_K=in_fifths(part_R),
+        repeated_K=in_fifths(part_R[is_repeated_R]),
     )
+
+
+def fifths(count: int) -> NDArray[np.int64]:
+    """The fifth, from 0 on, of each of `count` things in order."""
+    return np.arange(count) * PARTS // max(count, 1)
+
+
+def in_fifths(parts_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many things are in each fifth."""
+    return np.bincount(parts_N, minlength=PARTS)
 
 
 def changes(texts: Sequence[Counts]) -> dict[str, Mapping[str, Estimate]]:

@@ -202,17 +202,25 @@ def main(
 ) -> None:
     sets = prompt_sets(data_folder())
     sets = [each for each in sets if not only or each.name in only]
+    wanted = [(each, name) for each, name in in_turn(sets) if not settings or name in settings]
+    answer_missing(model, wanted, SETTINGS, folder, dtype)
+
+
+def answer_missing(
+    model: Path,
+    wanted: Sequence[tuple[PromptSet, str]],
+    settings: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    dtype: str,
+) -> None:
+    """Make the answers that the folder lacks, to each set with the setting of that name."""
     with AnswerStore(folder / "answers.jsonl", Answer) as store:
         known = {place_of(row) for row in store.rows}
-        missing = [
-            (each, name)
-            for each, name in in_turn(sets)
-            if (not settings or name in settings) and not is_whole(each, name, known)
-        ]
+        missing = [(each, name) for each, name in wanted if not is_whole(each, name, known)]
         llm = engine(model, dtype, seed=len(store.rows)) if missing else None
         for number, (prompts, name) in enumerate(missing):
             start = time.perf_counter()
-            answers = ask(llm, prompts, name, SETTINGS[name])
+            answers = ask(llm, prompts, name, settings[name])
             rate = sum(answer.tokens for answer in answers) / (time.perf_counter() - start)
             add(store, answers, known)
             print(

@@ -23,6 +23,7 @@ from dftserve.train.run import train
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 STORIES = 400
+SEED = 7
 DIVERGENCES = {
     "sft": DivergenceConfig(name="sft"),
     "dft": DivergenceConfig(name="forward_kl", target_weight=0.9),
@@ -79,7 +80,7 @@ def tune(
 
 def write_stories(path: Path, count: int) -> None:
     """Write `count` prompts and answers as .jsonl."""
-    rng = random.Random(7)
+    rng = random.Random(SEED)
     lines = []
     for _ in range(count):
         prompt = rng.choice(list(PROMPTS))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dftserve.targets.chat_template import ChatTemplate, TemplateError, stop_clock
 from dftserve.targets.conversation import NO_STOP, READ_AS_TEXT, UnfitError, encode
+from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
 from tests.unit.test_target_cli import build, prose, refused
 
@@ -168,10 +169,9 @@ def test_named_templates_are_selected_by_use(core):
         encode(tokenizer, FOUR)
 
 
-def test_the_first_newline_of_an_answer_is_not_merged_with_its_prompt(core):
-    """`\\n\\n` is one token, but at inference the prompt ends with a single `\\n`."""
-    tokenizer = tokenizer_of(core, CHATML)
-    messages = turns("the river", "\n\nold stone")
+def document_after_a_servers_prompt(tokenizer, messages) -> Document:
+    """A question and its answer, which together have other tokens than the prompt and the answer:
+    the document has those of the prompt."""
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
@@ -180,6 +180,14 @@ def test_the_first_newline_of_an_answer_is_not_merged_with_its_prompt(core):
     document = encode(tokenizer, messages).document
     assert document.tokens_N[: len(prompt)].tolist() == prompt
     assert document.positions_T[0] == len(prompt)
+    return document
+
+
+def test_the_first_newline_of_an_answer_is_not_merged_with_its_prompt(core):
+    """`\\n\\n` is one token, but at inference the prompt ends with a single `\\n`."""
+    tokenizer = tokenizer_of(core, CHATML)
+    messages = turns("the river", "\n\nold stone")
+    document_after_a_servers_prompt(tokenizer, messages)
     assert learnt(tokenizer, messages) == [f"\n\nold stone{END}"]
 
 
@@ -418,14 +426,8 @@ def test_the_prompt_before_an_answer_has_the_tokens_that_a_server_gives_it(core)
     )
     tokenizer = tokenizer_of(core, template)
     messages = turns("the river", "old stone")
-    prompt = tokenizer.apply_chat_template(
-        messages[:1], add_generation_prompt=True, return_dict=False
-    )
+    document = document_after_a_servers_prompt(tokenizer, messages)
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert whole[: len(prompt)] != prompt
-    document = encode(tokenizer, messages).document
-    assert document.tokens_N[: len(prompt)].tolist() == prompt
-    assert document.positions_T[0] == len(prompt)
     assert tokenizer.decode(document.tokens_N) == tokenizer.decode(whole)
 
 

@@ -29,7 +29,10 @@ def test_a_repeated_text_repeats_all_but_its_first_runs():
     assert (found.repeated_K[1:] == found.runs_K[1:]).all()
 
 
-@given(st.lists(st.sampled_from(["one", "Two", "thre", "four.", "\n", "it's", "—"]), max_size=80))
+PIECES = ["one", "Two", "thre", "four.", "\n", "it's", "don’t", "—", "a…b", "x--y"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=80))
 def test_the_parts_add_up_to_the_whole(pieces):
     text = " ".join(pieces)
     found, whole = long_texts.counts(text, LINTER), errors.check(text, LINTER)

@@ -166,6 +166,7 @@ def _plain(answer: str) -> str:
     while (simpler := LATEX_TEXT.sub(r"\1", text)) != text:
         text = simpler
     text = _HTML.sub("", _ROLE.sub("", html.unescape(text)))
+    # Without the markup between them, more marks are in one run.
     return without_runs(_MARKUP.sub("", STRUCK.sub("", text)))
 
 
