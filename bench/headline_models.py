@@ -12,6 +12,8 @@ Each method then tunes the start for one epoch on the same human stories:
     dft             the human tokens and, with equal weight, the next-token distribution of
                     `--model` before the collapse: `teacher`, λ = .5
     dft calibrated  the recipe `calibrated`, with that teacher
+    dft students    the same, also with students: `--model` tuned on two thirds of the stories each,
+                    which predict the other third (train/cross_fit.py)
     dft n-grams     the recipe `creative` without a teacher, λ = .3
     gem             GEM (arXiv 2408.16673), β = .7
     sft features    sft, with feature matching between the model's continuations and the text's
@@ -28,7 +30,7 @@ own.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from itertools import islice
@@ -51,7 +53,9 @@ from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import recipe as recipes
 from dftserve.targets import store
 from dftserve.targets.document import Document
+from dftserve.targets.run import Material
 from dftserve.train.config import DivergenceConfig, FeatureMatchingConfig, TrainConfig
+from dftserve.train.cross_fit import train_folds
 from dftserve.train.run import train
 
 BASE, START, SFT, HALF_WAY_BACK = "base", "start", "sft", "half way back"
@@ -71,12 +75,15 @@ class Way:
     recipe: str
     divergence: DivergenceConfig
     matching: FeatureMatchingConfig | None = None
+    folds: int | None = None
+    """Number of students that the recipe loads, if any."""
 
 
 WAYS: Mapping[str, Way] = {
     SFT: Way(PLAIN, DivergenceConfig(name="sft")),
     "dft": Way(TEACHER, DivergenceConfig(target_weight=0.5)),
     "dft calibrated": Way("calibrated", DivergenceConfig(target_weight=1.0)),
+    "dft students": Way("calibrated", DivergenceConfig(target_weight=1.0), folds=3),
     "dft n-grams": Way("creative", DivergenceConfig(target_weight=0.3)),
     "gem": Way(PLAIN, DivergenceConfig(name="gem", temperature=0.7)),
     "sft features": Way(PLAIN, DivergenceConfig(name="sft"), FeatureMatchingConfig()),
@@ -147,19 +154,23 @@ def documents(
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def targets(
-    folder: Path, recipe: str, sides: Mapping[str, Sequence[Document]], teacher: Path
-) -> Path:
-    """The store of a recipe; an existing one is reused."""
+def targets(folder: Path, way: Way, sides: Mapping[str, Sequence[Document]], teacher: Path) -> Path:
+    """The store of a method's recipe; an existing one is reused."""
     if (folder / store.MANIFEST).exists():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    name = recipe
-    if ":" in recipe:
+    name = way.recipe
+    if ":" in way.recipe:
         folder.parent.mkdir(parents=True, exist_ok=True)
         name = str(folder.parent / f"{folder.name}.yaml")
-        Path(name).write_text(recipe + "\n")
-    named = {"teacher": str(teacher)} if "${teacher}" in recipe or name == "calibrated" else {}
+        Path(name).write_text(way.recipe + "\n")
+    named = {"teacher": str(teacher)} if "${teacher}" in way.recipe or name == "calibrated" else {}
+    if way.folds is not None:
+        students = folder.with_name(f"{folder.name}-students")
+        material = Material(tokenizer, sides, template=None, written_at=None, corpus={})
+        config = trained(teacher, DivergenceConfig(name="sft"), epochs=1, seed=0)
+        train_folds(students, material, config, folds=way.folds, say=click.echo)
+        named["students"] = str(students)
     chosen = recipes.load(name, named)
     source = recipes.source_of(
         chosen,
@@ -177,23 +188,33 @@ def tune(
     model: Path, output: Path, target_folder: Path, way: Way, *, epochs: int, seed: int
 ) -> Path:
     """Tune all weights, without LoRA."""
+    config = trained(model, way.divergence, epochs=epochs, seed=seed)
     return train(
-        TrainConfig(
-            model=str(model),
+        replace(
+            config,
             targets=str(target_folder),
             output=str(output),
-            divergence=way.divergence,
             feature_matching=way.matching,
-            epochs=epochs,
-            max_length=LONGEST,
-            batch_size=4,
-            learning_rate=3e-5,
-            save_every=100,
-            keep=1,
-            evaluate_every=10_000,
-            log_every=20,
-            seed=seed,
         )
+    )
+
+
+def trained(model: Path, divergence: DivergenceConfig, *, epochs: int, seed: int) -> TrainConfig:
+    """The trainer's settings, without targets and output."""
+    return TrainConfig(
+        model=str(model),
+        targets="",
+        output="",
+        divergence=divergence,
+        epochs=epochs,
+        max_length=LONGEST,
+        batch_size=4,
+        learning_rate=3e-5,
+        save_every=100,
+        keep=1,
+        evaluate_every=10_000,
+        log_every=20,
+        seed=seed,
     )
 
 
@@ -238,13 +259,13 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
     tokenizer = AutoTokenizer.from_pretrained(base)
     if name == START:
         sides = {"train": documents(islice(model_answers(data_folder()), texts), tokenizer)}
-        start_targets = targets(folder / "targets-start", PLAIN, sides, base)
+        start_targets = targets(folder / "targets-start", WAYS[SFT], sides, base)
         return tune(base, place.parent, start_targets, WAYS[SFT], epochs=2, seed=0)
     start, way = make(START, base, folder, seed, texts), WAYS[name]
     parts = ("train", "heldout")
     sides = {part: documents(islice(human_stories(part), texts), tokenizer) for part in parts}
     target_folder = folder / f"targets-{name.replace(' ', '-')}"
-    way_targets = targets(target_folder, way.recipe, sides, base)
+    way_targets = targets(target_folder, way, sides, base)
     return tune(start, place.parent, way_targets, way, epochs=1, seed=seed)
 
 

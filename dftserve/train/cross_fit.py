@@ -64,6 +64,30 @@ def cross_fit(
         # A template that writes the date gives the documents of the day that they were begun on.
         written_at=begun.written_at if begun else None,
     )
+    train_folds(job.out, material, config, folds=folds, seed=job.seed, say=say)
+    return job.out
+
+
+def train_folds(
+    folder: Path,
+    material: Material,
+    config: TrainConfig,
+    *,
+    folds: int,
+    seed: int = 0,
+    say: Say = print,
+) -> None:
+    """Train the students that are missing in the folder, on the training documents.
+
+    Args:
+        config: the trainer's settings, whose `model` is the model before tuning; targets and output
+            are set for each fold.
+        seed: of the stores.
+
+    Raises:
+        ValueError: an unsuitable number of folds, or a folder of other students.
+        SystemExit: a signal stopped the trainer after it saved.
+    """
     documents = material.documents["train"]
     parts = [[each for each in documents if fold_of(each, folds) == fold] for fold in range(folds)]
     for fold, part in enumerate(parts):
@@ -76,19 +100,20 @@ def cross_fit(
     wanted = CrossFitted(
         folds=folds,
         corpus_blake3=corpus_digest(documents, folds),
-        model_blake3=pretrained.model_digest(pretrained.examine(job.model)),
+        model_blake3=pretrained.model_digest(pretrained.examine(config.model)),
         training={name: each for name, each in asdict(config).items() if name not in OURS},
         written_at=material.written_at,
     )
-    _begin(job.out, begun, wanted)
+    _begin(folder, _begun(folder), wanted)
     for fold, part in enumerate(parts):
-        if final_of(job.out, fold).exists():
+        if final_of(folder, fold).exists():
             say(f"Fold {fold + 1} of {folds} is trained already.")
             continue
         say(f"Fold {fold + 1} of {folds}: {len(part):,} of {len(documents):,} documents held out.")
         others = [each for each in documents if fold_of(each, folds) != fold]
-        _train(job, fold, material, {"train": others, "heldout": part}, config)
-    return job.out
+        output = run_of(folder, fold)
+        targets = _text_itself(output.parent, material, {"train": others, "heldout": part}, seed)
+        train(replace(config, targets=str(targets), output=str(output)))
 
 
 def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
@@ -144,16 +169,11 @@ def _json(wanted: CrossFitted) -> str:
     return json.dumps(asdict(wanted), indent=2) + "\n"
 
 
-def _train(
-    job: Job,
-    fold: int,
-    material: Material,
-    documents: Mapping[str, Sequence[Document]],
-    config: TrainConfig,
-) -> None:
-    """Train one student: write a store whose target is the text itself, and run the trainer."""
-    output = run_of(job.out, fold)
-    targets = output.parent / "targets"
+def _text_itself(
+    folder: Path, material: Material, documents: Mapping[str, Sequence[Document]], seed: int
+) -> Path:
+    """Write a store whose target is the text itself."""
+    targets = folder / "targets"
     source = TextItself(vocabulary=len(material.tokenizer))
     planned = store.plan(
         source,
@@ -163,7 +183,7 @@ def _train(
         corpus=material.corpus,
         k=1,
         draws=0,
-        seed=job.seed,
+        seed=seed,
     )
     store.write(targets, planned, source, documents)
-    train(replace(config, targets=str(targets), output=str(output)))
+    return targets
