@@ -27,6 +27,11 @@ def test_writing_errors_are_counted_and_names_are_not(linter, text, marks, unkno
     assert (found.marks, found.unknown) == (marks, unknown)
 
 
+@pytest.mark.parametrize("apostrophe", ["'", "’"])
+def test_words_do_not_depend_on_the_kind_of_apostrophe(linter, apostrophe):
+    assert check(f"They don{apostrophe}t know that it{apostrophe}s late.", linter).words == 6
+
+
 @pytest.mark.parametrize("end", ["", " ", "\n"])
 def test_a_text_may_end_without_a_full_stop(linter, end):
     """In harper-py 0.2.0 a rule panics at the end of a text, after these two words."""

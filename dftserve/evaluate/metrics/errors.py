@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dftserve.evaluate.text.tokenize import words
+from dftserve.evaluate.text.tokenize import normalise, words
 
 KINDS = frozenset(("Agreement", "Capitalization", "Grammar", "Repetition", "Spelling", "Typo"))
 """Kinds of Harper's marks that count as errors; the others are matters of taste."""
@@ -24,6 +24,7 @@ class Checked:
     """Counts of one text."""
 
     words: int
+    """Words of the normalised text."""
     marks: int
     """Number of marks that `marks` yields."""
     unknown: int
@@ -66,4 +67,4 @@ def is_unknown(mark: Any) -> bool:
 def check(text: str, linter: Any) -> Checked:
     """The counts of a text; `linter` is the result of `linter()`."""
     found = list(marks(text, linter))
-    return Checked(len(words(text)), len(found), sum(map(is_unknown, found)))
+    return Checked(len(words(normalise(text))), len(found), sum(map(is_unknown, found)))
