@@ -7,9 +7,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 import report
 
+from dftserve.cli import main
 from dftserve.evaluate.accuracy import extract
 from dftserve.evaluate.cli import evaluate
 from tests.conftest import ROOT
@@ -92,6 +94,56 @@ def test_each_document_that_a_file_names_exists():
         if not (ROOT / document).exists()
     }
     assert missing == set()
+
+
+# Commands
+
+PASSES_ON = ("serve",)
+"""Commands that pass unknown options on to another program."""
+
+
+def shown_commands(path: Path) -> list[str]:
+    """The commands of dftserve in a document's code, without comments."""
+    text = path.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^ +(?:\.venv/bin/)?dftserve ([^#\n]*)", text, re.MULTILINE)
+    inline = re.findall(r"`dftserve ([^`]*)`", text)
+    return [" ".join(command.split()) for command in blocks + inline]
+
+
+def unknown_words(command: str) -> list[str]:
+    """The subcommand or the options that do not exist."""
+    words, group = command.split(), main
+    while isinstance(group, click.Group):
+        name = words[0].partition("|")[0] if words else ""
+        found = group.commands.get(name) or group.commands.get("run")
+        if found is None:
+            return [name] if re.fullmatch("[a-z]+", name) else []
+        words = words[1:] if name in group.commands else words
+        group = found
+    options = {option for parameter in group.params for option in parameter.opts}
+    given = {word.strip("[],;").partition("=")[0] for word in words if word.startswith("--")}
+    return [] if group.name in PASSES_ON else sorted(given - options)
+
+
+HISTORY = ("log.md", "CHANGELOG.md")
+"""Documents that may name former commands."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in documents() if path.name not in HISTORY],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_commands_and_options_in_documents_exist(path):
+    unknown = {command: unknown_words(command) for command in shown_commands(path)}
+    assert {command: words for command, words in unknown.items() if words} == {}
+
+
+def test_commands_are_found_in_the_documents():
+    assert len(shown_commands(ROOT / "README.md")) > 10
+    assert unknown_words("target build novels --modle BASE") == ["--modle"]
+    assert unknown_words("traget build novels") == ["traget"]
+    assert unknown_words("evaluate MODEL --prompts p.txt --grod 0") == ["--grod"]
 
 
 # The table of docs/clients.md
