@@ -440,7 +440,7 @@ def _encoded(
             tokenizer,
             text,
             spelled=filters.special_tokens,  # type: ignore[arg-type]
-            learnt=filters.answers,  # type: ignore[arg-type]
+            answers=filters.answers,  # type: ignore[arg-type]
         )
     except UnfitError as error:
         report.drop(f"{error}", text.origin)
@@ -511,7 +511,7 @@ def shown(found: Mapping[str, Any]) -> str:
         documents, tokens, trained = (
             found[what][split] for what in ("documents", "tokens", "trained")
         )
-        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
+        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} trained")
     if languages := found["languages"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
         lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
