@@ -124,7 +124,7 @@ def main(
         "machine": machine(),
         "versions": versions("vllm", "transformers", "harper-py"),
         "seeds": seeds,
-        "texts": learnt_from(folder) | {"measure": len(stories()["measure"])},
+        "texts": trained_on(folder) | {"measure": len(stories()["measure"])},
         "stories": story_rows(given),
         "accuracy": {
             "ifeval": shares(followed(models)),
@@ -181,7 +181,7 @@ def models_in(folder: Path, base: Path, seeds: Sequence[int]) -> dict[str, Model
     return found
 
 
-def learnt_from(folder: Path) -> dict[str, int]:
+def trained_on(folder: Path) -> dict[str, int]:
     """The number of texts that the start was tuned on, and that each method was."""
     start, sft = (TargetStore(folder / f"targets-{name}") for name in (START, SFT))
     return {START: start.count("train"), "train": sft.count("train")}

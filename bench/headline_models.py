@@ -146,8 +146,8 @@ def documents(
         asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         before = tokenizer(str(asked), add_special_tokens=False)["input_ids"]
         tokens = [*before, *tokenizer(answer, add_special_tokens=False)["input_ids"]][:LONGEST]
-        learnt_N = np.arange(len(tokens)) >= len(before)
-        found.append(Document(np.array(tokens, np.int32), learnt_N, group=prompt))
+        trained_N = np.arange(len(tokens)) >= len(before)
+        found.append(Document(np.array(tokens, np.int32), trained_N, group=prompt))
     return found
 
 

@@ -105,12 +105,12 @@ def statistics(report: Any) -> str:
     if report is None:
         return "the server reports no diversity: is the plug-in active? (dftserve doctor)"
     try:
-        return _figures(report)
+        return _statistics(report)
     except (AttributeError, LookupError, TypeError, ValueError):
         return f"diversity: {report}"
 
 
-def _figures(report: Mapping[str, Any]) -> str:
+def _statistics(report: Mapping[str, Any]) -> str:
     level, choice = report.get("level"), report["choices"][0]
     effective = report["law"] if level is None else f"{report['law']} {level:g}"
     if choice is None:

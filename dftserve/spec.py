@@ -125,9 +125,9 @@ GROUP_ACCEPTED = (
     '{"id": "essay-17", "index": 0, "size": 8}'
 )
 TRACE = "trace"
-"""A field accepted with every law: the response then includes the figures of each token."""
+"""A field accepted with every law: the response then includes the statistics of each token."""
 MOST_TRACED = 4096
-"""Maximum number of tokens, over all choices of a request, whose figures the response includes."""
+"""Maximum number of tokens, over all choices of a request, whose statistics a response includes."""
 HUMAN = "human"
 """Accepted by a server in place of a number: the served model's `Promise.human_diversity`."""
 
@@ -197,7 +197,7 @@ class Diversity:
     group: "bool | Group | None" = None
     """True: the request's choices are a group."""
     trace: bool = False
-    """Whether the response includes the figures of each token, for at most `MOST_TRACED` tokens."""
+    """Whether the response includes the statistics of each of at most `MOST_TRACED` tokens."""
 
     @property
     def is_off(self) -> bool:
@@ -347,7 +347,7 @@ def parse_default(text: str, parameter: str = DEFAULT_VARIABLE) -> Diversity:
         accepted = "true, for requests with n > 1; one request's index cannot be a default"
         raise DiversityError(f"{parameter}.{GROUP}", asdict(diversity.group), accepted)
     if diversity.trace:
-        accepted = "none: an answer has each token's figures only if its request asks for them"
+        accepted = "none: an answer has each token's statistics only if its request asks for them"
         raise DiversityError(f"{parameter}.{TRACE}", True, accepted)
     return diversity
 

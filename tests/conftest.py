@@ -43,6 +43,8 @@ FLAGS = (
     "--max-logprobs=-1",
     f"--api-key={KEY}",
 )
+QUICK_STEPS = 40
+"""Enough for tests that need a model with entropies of a few nats, right or wrong."""
 BRIEFLY = {"stories": 24, "epochs": 1.0, "learning_rate": 1e-4}
 # So few blocks that sixteen short texts fit at once, but sixteen long ones do not.
 FEW_BLOCKS = "--num-gpu-blocks-override=20"
@@ -100,7 +102,6 @@ def tuned_model() -> Path:
     It is the stories' model after a short training and a brief tuning toward itself.
     """
     from dftserve import checkpoint
-    from dftserve.stories.model import QUICK_STEPS
     from dftserve.stories.tune import tune
 
     sources = [*(ROOT / "dftserve/stories").glob("*"), *(ROOT / "dftserve/train").glob("*.py")]

@@ -74,3 +74,12 @@ def _softmax(weights) -> list[float]:
         return []
     raw = np.exp(np.asarray(weights, np.float64) - max(weights))
     return (raw / raw.sum()).tolist()
+
+
+def style_rows(profile, state: int, last: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [V], [V]: each token's factor and δ, in a state of the automaton after a token."""
+    factor_V, delta_V = np.ones(vocabulary), np.zeros(vocabulary)
+    for token in range(profile.vocabulary):
+        factor_V[token] = np.exp(profile.step(state, token)[1])
+        delta_V[token] = profile.delta(last, token)
+    return factor_V, delta_V

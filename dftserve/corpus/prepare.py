@@ -172,23 +172,13 @@ def prepare(
             f"min_words ({filters.min_words} here)."
         )
     draws = _draws(kept, filters, seed, report) if heldout or is_given else [NO_DRAW] * len(kept)
-    by_split: dict[str | None, set[float]] = {"train": set(), "heldout": set(), None: set()}
-    for draw, text in zip(draws, kept, strict=True):
-        by_split[text.pieces[0].split].add(draw)
     if is_given:
-        aside = by_split["heldout"]
+        aside = {draw for draw, text in zip(draws, kept, strict=True) if _is_given_heldout(text)}
     else:
-        aside = _heldout(by_split[None] - by_split["train"], heldout, any_left=by_split["train"])
+        aside = _chosen_heldout(kept, draws, heldout)
         if heldout and not aside:
             raise ValueError(_cannot_hold_out(kept, report))
-    splits: dict[str, list[Text]] = {"train": [], "heldout": []}
-    for draw, text in zip(draws, kept, strict=True):
-        if is_given and draw in aside and not _is_given_heldout(text):
-            report.lose(text.origin)
-            report.drop(LIKE_HELDOUT, text.pieces[0].origin)
-        else:
-            split = splits["heldout" if draw in aside else "train"]
-            split += [replace(piece, family=_family(draw)) for piece in text.pieces]
+    splits = _split(kept, draws, aside, report, is_given=is_given)
     report.heldout_asked = 0.0 if is_given else heldout
     if not splits["train"]:
         raise ValueError(f"nothing is left to train on: {_losses(report)}; give more texts.")
@@ -213,8 +203,7 @@ class _Kept:
 def _kept(
     texts: Iterable[Text], filters: Filters, report: Report, counts_answers: bool
 ) -> Iterator[_Kept]:
-    duplicates = Duplicates(filters.duplicate_threshold)
-    given: set[tuple[str, str]] = set()
+    copies = _Copies(filters, report, counts_answers)
     for text in texts:
         report.read += 1
         report.given_heldout += text.split == "heldout"
@@ -227,33 +216,91 @@ def _kept(
         pieces: list[Text] = []
         copied: set[int] = set()
         for number, piece in enumerate(cut(clean, filters.split_words)):
-            if counts_answers and piece.messages is not None:
-                pieces.append(piece)
-                said = piece.content, _tools(piece)
-                if said in given:
-                    report.note(GIVEN_AGAIN, piece.origin)
-                given.add(said)
-                continue
-            prompt, name = opening(piece), f"{report.kept} {number}"
-            within = prompt + _tools(piece)
-            known = duplicates.of(piece.content[len(prompt) :], name, within=within)
-            if known is None:
+            original = copies.original(piece, report.kept, number)
+            if original is None:
                 pieces.append(piece)
             else:
-                copied.add(int(known.split()[0]))
+                copied.add(original)
                 report.drop(DUPLICATE, piece.origin)
         if pieces:
-            if report.kept < LANGUAGE_TEXTS and (
-                length_in_words(clean.content) >= filters.language_min_words
-            ):
-                language = language_of(clean.content)
-                report.languages[language] = report.languages.get(language, 0) + 1
+            _count_language(clean, filters, report)
             report.kept += 1
             if bare is not text:
                 report.stripped[text.origin] += 1
             if clean is not bare:
                 report.joined[text.origin] += 1
             yield _Kept(clean.content, text.origin, pieces, copied)
+
+
+class _Copies:
+    """The pieces that were read, by which their copies are found.
+
+    Where the source counts answers, conversations are no copies: equal ones are only noted.
+    """
+
+    def __init__(self, filters: Filters, report: Report, counts_answers: bool) -> None:
+        self._duplicates = Duplicates(filters.duplicate_threshold)
+        self._given: set[tuple[str, str]] = set()
+        self._report, self._counts_answers = report, counts_answers
+
+    def original(self, piece: Text, text: int, number: int) -> int | None:
+        """The index, among the kept texts, of the one that the piece duplicates, if any.
+
+        Args:
+            text, number: the indices of the piece's text and of the piece in it.
+        """
+        if self._counts_answers and piece.messages is not None:
+            self._note_repetition(piece)
+            return None
+        prompt, name = opening(piece), f"{text} {number}"
+        within = prompt + _tools(piece)
+        known = self._duplicates.of(piece.content[len(prompt) :], name, within=within)
+        return None if known is None else int(known.split()[0])
+
+    def _note_repetition(self, piece: Text) -> None:
+        said = piece.content, _tools(piece)
+        if said in self._given:
+            self._report.note(GIVEN_AGAIN, piece.origin)
+        self._given.add(said)
+
+
+def _count_language(text: Text, filters: Filters, report: Report) -> None:
+    """Of the first texts only; of short ones it is not known."""
+    if report.kept >= LANGUAGE_TEXTS:
+        return
+    if length_in_words(text.content) >= filters.language_min_words:
+        language = language_of(text.content)
+        report.languages[language] = report.languages.get(language, 0) + 1
+
+
+def _chosen_heldout(
+    kept: Sequence[_Kept], draws: Sequence[float], heldout: float
+) -> Collection[float]:
+    """The draws of about a share `heldout` of the texts whose split is not given."""
+    by_split: dict[str | None, set[float]] = {"train": set(), None: set()}
+    for draw, text in zip(draws, kept, strict=True):
+        by_split[text.pieces[0].split].add(draw)
+    return _heldout(by_split[None] - by_split["train"], heldout, any_left=by_split["train"])
+
+
+def _split(
+    kept: Sequence[_Kept],
+    draws: Sequence[float],
+    aside: Collection[float],
+    report: Report,
+    *,
+    is_given: bool,
+) -> dict[str, list[Text]]:
+    """The pieces of each split. What is like a text that was given to be held out is left out."""
+    splits: dict[str, list[Text]] = {"train": [], "heldout": []}
+    for draw, text in zip(draws, kept, strict=True):
+        if is_given and draw in aside and not _is_given_heldout(text):
+            report.lose(text.origin)
+            report.drop(LIKE_HELDOUT, text.pieces[0].origin)
+        else:
+            split = splits["heldout" if draw in aside else "train"]
+            split += [replace(piece, family=_family(draw)) for piece in text.pieces]
+    return splits
 
 
 def _tools(text: Text) -> str:

@@ -129,7 +129,7 @@ def _pair(has: Mapping[str, Any], fields: Fields) -> tuple[str, str] | None:
 
 
 def _refuse_bad_answer(has: Mapping[str, Any], where: str) -> None:
-    """Refuse a record whose answer is marked as one not to give, which would be learnt."""
+    """Refuse a record whose answer is marked as one not to give, which would be trained on."""
     for name in VERDICTS:
         if str(has.get(name)).lower() == "false":
             raise ValueError(

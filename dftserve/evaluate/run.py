@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,45 +211,22 @@ def assess(
     """
     start = time.perf_counter()
     by_level = [
-        [answer for answer in answers if answer.level == level]
+        _AtLevel.of(
+            [answer for answer in answers if answer.level == level],
+            request_grid.prompts,
+            anchors.words,
+        )
         for level in range(len(request_grid.grid))
     ]
-    uncut = [[answer for answer in level if not answer.is_cut] for level in by_level]
-    cut = [len(level) - len(rest) for level, rest in zip(by_level, uncut, strict=True)]
-    windows = [
-        Windows.of([_sample(each, request_grid.prompts) for each in level], anchors.words)
-        for level in by_level
-    ]
-    whole = [len(level) - level.short for level in windows]
     calibration, test = anchors.splits["calibration"], anchors.test
-    compared = min(*whole, len(calibration), len(test)) if whole else 0
+    compared = min(len(calibration), len(test), *(level.whole for level in by_level))
     if compared < LEAST_TEXTS:
-        shown = ", ".join(f"{n} of {len(level)}" for n, level in zip(whole, by_level, strict=True))
-        if any(cut):
-            shown += f" ({sum(cut)} ended in their thinking)"
-        raise ValueError(
-            f"answers of {anchors.words} words or more, by diversity: {shown}; accepted: "
-            f"{LEAST_TEXTS} at each. Ask for more or longer texts (`--max-tokens`, now "
-            f"{request_grid.max_tokens}), or build anchors with fewer `--words`."
-        )
-    _require_english(windows)
-
-    def side(texts: Windows, human: Windows, scored: Score) -> Side:
-        some, other = (_evenly_spaced(each, compared) for each in (texts.whole(), human))
-        measures = measure(some, other, instruments)
-        return Side(scored, measures, tuple(slop.most_repeated(some.texts)))
-
+        raise ValueError(_too_few_texts(by_level, anchors.words, request_grid.max_tokens))
+    _require_english([level.windows for level in by_level])
+    side = partial(_side, compared=compared, instruments=instruments)
     levels = tuple(
-        Level(
-            diversity=request_grid.grid[index],
-            side=side(texts, test, _score(texts, cut[index], anchors)),
-            tokens=mean([each.tokens for each in level], groups=_prompt_groups(level)),
-            cut=cut[index],
-            unfinished=sum(each.finish_reason == "length" for each in level),
-            entropy=_entropy(level),
-            samples=_samples(request_grid.prompts, by_level[index]),
-        )
-        for index, (level, texts) in enumerate(zip(uncut, windows, strict=True))
+        _level(diversity, level, request_grid.prompts, anchors, side)
+        for diversity, level in zip(request_grid.grid, by_level, strict=True)
     )
     return Result(
         model=request_grid.model,
@@ -269,6 +247,71 @@ def assess(
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
         versions={"dftserve": __version__, "python": platform.python_version()},
+    )
+
+
+@dataclass(frozen=True)
+class _AtLevel:
+    """The answers at one diversity, and their windows of words."""
+
+    answers: Sequence[Answer]
+    windows: Windows
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], prompts: Sequence[Prompt], words: int) -> "_AtLevel":
+        return cls(answers, Windows.of([_sample(each, prompts) for each in answers], words))
+
+    @property
+    def uncut(self) -> list[Answer]:
+        """Those that did not end in their thinking."""
+        return [answer for answer in self.answers if not answer.is_cut]
+
+    @property
+    def cut(self) -> int:
+        return len(self.answers) - len(self.uncut)
+
+    @property
+    def whole(self) -> int:
+        """Number of answers that are as long as a window."""
+        return len(self.windows) - self.windows.short
+
+
+def _too_few_texts(by_level: Sequence[_AtLevel], words: int, max_tokens: int) -> str:
+    shown = ", ".join(f"{level.whole} of {len(level.answers)}" for level in by_level)
+    if cut := sum(level.cut for level in by_level):
+        shown += f" ({cut} ended in their thinking)"
+    return (
+        f"answers of {words} words or more, by diversity: {shown}; accepted: {LEAST_TEXTS} at "
+        f"each. Ask for more or longer texts (`--max-tokens`, now {max_tokens}), or build anchors "
+        "with fewer `--words`."
+    )
+
+
+def _side(
+    texts: Windows, human: Windows, scored: Score, *, compared: int, instruments: Instruments
+) -> Side:
+    """The measures of `compared` of the texts, and of as many human ones."""
+    some, other = (_evenly_spaced(each, compared) for each in (texts.whole(), human))
+    measures = measure(some, other, instruments)
+    return Side(scored, measures, tuple(slop.most_repeated(some.texts)))
+
+
+def _level(
+    diversity: Any,
+    given: _AtLevel,
+    prompts: Sequence[Prompt],
+    anchors: Anchors,
+    side: Callable[[Windows, Windows, Score], Side],
+) -> Level:
+    uncut = given.uncut
+    return Level(
+        diversity=diversity,
+        side=side(given.windows, anchors.test, _score(given.windows, given.cut, anchors)),
+        tokens=mean([each.tokens for each in uncut], groups=_prompt_groups(uncut)),
+        cut=given.cut,
+        unfinished=sum(each.finish_reason == "length" for each in uncut),
+        entropy=_entropy(uncut),
+        samples=_samples(prompts, given.answers),
     )
 
 

@@ -29,8 +29,6 @@ from dftserve.stories.grammar import PROMPTS, generate
 
 STEPS = 440
 """Training steps of the whole model: about a minute on two cores."""
-QUICK_STEPS = 40
-"""Enough for tests that need a model with entropies of a few nats, right or wrong."""
 
 VOCABULARY = 4096
 BATCH = 16

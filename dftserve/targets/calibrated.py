@@ -209,7 +209,7 @@ class Calibrated(DenseSource):
     def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
         known = _Features.of(document, self._ngram)
         labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
-        is_learnt = document.digest not in self._heldout
+        is_trained = document.digest not in self._heldout
 
         def rows(start: int, stop: int) -> Tensor:
             first_RV = first(start, stop)
@@ -224,7 +224,7 @@ class Calibrated(DenseSource):
                     part_RV = part(start, stop).to(mixed_RV.device)
                     mixed_RV = torch.logaddexp(mixed_RV, part_RV + weight_R[:, None].log())
             mixed_RV = torch.logaddexp(mixed_RV, mass_RV.log_())
-            if not is_learnt:
+            if not is_trained:
                 return mixed_RV
             return with_text(mixed_RV, labels_T[start:stop], self._share_B[bins_R])
 
@@ -296,18 +296,18 @@ def _select_documents(heldout: Sequence[Document], tokens: int) -> list[Document
     Raises:
         ValueError: too few documents or tokens.
     """
-    learnt = [document for document in heldout if document.trained]
-    groups = {_group(document) for document in learnt}
-    counted = sum(document.trained for document in learnt)
+    trained = [document for document in heldout if document.trained]
+    groups = {_group(document) for document in trained}
+    counted = sum(document.trained for document in trained)
     if len(groups) < LEAST_DOCUMENTS or counted < LEAST_TOKENS:
         raise ValueError(
-            f"{KIND}: got {counted:,} learnt tokens of held-out text, of {len(groups)} texts that "
+            f"{KIND}: got {counted:,} trained tokens of held-out text, of {len(groups)} texts that "
             f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_DOCUMENTS} at "
             "least, since weights are fitted and tested on them. Hold out more (--heldout 0.2), or "
             "give more text."
         )
     chosen, taken = [], 0
-    for document in _interleaved(learnt):
+    for document in _interleaved(trained):
         if taken >= tokens and len(chosen) >= LEAST_DOCUMENTS:
             break
         chosen.append(document)
@@ -451,7 +451,7 @@ def is_refused(description: object) -> bool:
 def shown(found: Calibration) -> str:
     """For a terminal: likelihoods, gains, and the bins in which the mixture is used."""
     lines = [
-        f"{found.documents:,} held-out documents, {found.tokens:,} learnt tokens",
+        f"{found.documents:,} held-out documents, {found.tokens:,} trained tokens",
         f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}{'ruled out':>11}",
         f"  {'mixture':16}{found.mixture.mean:8.3f}{_ends(found.mixture):>18}",
     ]

@@ -42,7 +42,7 @@ NO_STOP = "no answer is learnt to a special token at its end: the model does not
 CALLS = ("tool_calls", "function_call")
 
 Spelled = Literal["text", "keep", "drop"]
-Learnt = Literal["all", "last"]
+Answers = Literal["all", "last"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def encode(
     tools: Sequence[Any] | None = None,
     *,
     spelled: Spelled = "text",
-    learnt: Learnt = "all",
+    answers: Answers = "all",
 ) -> Encoded:
     """Encode a conversation with the tokenizer's chat template.
 
@@ -71,7 +71,7 @@ def encode(
             them as objects, as it does from vLLM.
         spelled: how to read special tokens spelled out in turns and tools: as `text`, or `keep`
             them as special tokens; `drop` leaves the conversation out.
-        learnt: which of the assistant's turns to train on.
+        answers: which of the assistant's turns to train on.
 
     Raises:
         UnfitError: nothing to train on, the answers' tokens cannot be located, or a call's
@@ -92,7 +92,7 @@ def encode(
     notes += _omitted_turns(template, turns, tools, marks)
     text, marked = template.render(turns, tools)
     spans = marked if template.marks else answer_spans(template, turns, tools, text, marks)
-    spans = _selected_spans(template, turns, spans, learnt)
+    spans = _selected_spans(template, turns, spans, answers)
     if not _follows_prompt(template, text, spans):
         notes.append(_unasked(template.header))
     if spellings.hides(text):
@@ -244,25 +244,25 @@ def _has_content(turn: Turn) -> bool:
 
 
 def _selected_spans(
-    template: ChatTemplate, turns: Sequence[Turn], spans: Sequence[Span], learnt: Learnt
+    template: ChatTemplate, turns: Sequence[Turn], spans: Sequence[Span], wanted: Answers
 ) -> list[Span]:
     """The spans of the turns to train on."""
     answers = [turn for turn in turns if is_answer(turn)]
-    wanted = [bool(turn["weight"]) for turn in answers]
-    if learnt == "last":
-        wanted = [False] * (len(answers) - 1) + wanted[-1:]
-    if all(wanted):
+    trained = [bool(turn["weight"]) for turn in answers]
+    if wanted == "last":
+        trained = [False] * (len(answers) - 1) + trained[-1:]
+    if all(trained):
         return list(spans)
     if len(spans) != len(answers):
         raise UnfitError(
             f"{template.title} marks {len(spans)} parts of {len(answers)} answers, some of which "
-            "are not to be learnt"
+            "are not to be trained on"
         )
-    return [span for span, each in zip(spans, wanted, strict=True) if each]
+    return [span for span, each in zip(spans, trained, strict=True) if each]
 
 
 def _unasked(header: str) -> str:
-    """The note on an answer that is not learnt where a server asks for it."""
+    """The note on an answer that is not trained on where a server asks for it."""
     return (
         f"an answer does not follow {header!r}, with which the chat template asks for one: it is "
         "not learnt where the server samples it"

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from dftserve.corpus.text import Text
 from dftserve.targets import conversation
 from dftserve.targets.chat_template import special_tokens
-from dftserve.targets.conversation import Encoded, Learnt, Spelled, UnfitError
+from dftserve.targets.conversation import Answers, Encoded, Spelled, UnfitError
 from dftserve.targets.document import Document, beginning
 
 
@@ -15,14 +15,14 @@ def encode(
     text: Text,
     *,
     spelled: Spelled = "text",
-    learnt: Learnt = "all",
+    answers: Answers = "all",
 ) -> Encoded:
     """Tokenise a text and mark the tokens to train on.
 
     Args:
         spelled: how to read special tokens spelled out in the text: as `text`, or `keep` them as
             special tokens; `drop` leaves the text out.
-        learnt: which answers of a conversation to train on, `all` or the `last`.
+        answers: which answers of a conversation to train on, `all` or the `last`.
 
     Raises:
         UnfitError: the text is to be left out.
@@ -30,7 +30,7 @@ def encode(
     """
     if text.messages is not None:
         return conversation.encode(
-            tokenizer, text.messages, text.tools, spelled=spelled, learnt=learnt
+            tokenizer, text.messages, text.tools, spelled=spelled, answers=answers
         )
     found = [token for token in special_tokens(tokenizer) if token in text.content]
     if found and spelled == "drop":

@@ -1,7 +1,7 @@
 """A reference model under several written principles, weighted by how well each explains the text.
 
-    principles = load_principles(Path("voices.yaml"))      # principles: {name: text}
-    source = Principles(teacher, tokenizer, principles, posterior_power=0.3)
+    voices = {"dry": "Say it once.", "warm": "Say it kindly."}
+    source = Principles(teacher, tokenizer, voices, posterior_power=0.3)
 
 The exact mixture over whole texts, factored token by token:
 
@@ -18,7 +18,6 @@ Shapes: K principles, N tokens, T trained positions, R of them in one chunk, D h
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -286,22 +285,6 @@ def _begins(document: Document, tokens: Sequence[int]) -> bool:
 
 
 # ── User input ───────────────────────────────────────────────────────────────────────────────────
-
-
-def load_principles(path: Path) -> dict[str, str]:
-    """Principles from a YAML file: `principles: {name: text}`.
-
-    Raises:
-        ValueError: as `settings.read_yaml` and `check_principles`, or an unknown key.
-    """
-    content = settings.read_yaml(path)
-    if not isinstance(content, Mapping) or "principles" not in content:
-        raise ValueError(
-            f"{path}: got no 'principles'; accepted: `principles:` with a text for each name."
-        )
-    settings.refuse_unknown(content, ["principles"], str(path))
-    check_principles(content["principles"], f"{path}: principles")
-    return dict(content["principles"])
 
 
 def check_principles(given: object, where: str) -> None:

@@ -36,11 +36,7 @@ from dftserve.targets import calibrated, report, store
 from dftserve.targets import recipe as recipes
 from dftserve.targets.chat_template import ChatTemplate, TemplateError, stop_clock, tells_time
 from dftserve.targets.conversation import Encoded, UnfitError
-from dftserve.targets.document import (
-    Document,
-    load_tokenizer,
-    spans,
-)
+from dftserve.targets.document import Document, load_tokenizer, spans
 from dftserve.targets.encoding import encode
 from dftserve.targets.estimate import Estimate, estimate_of
 from dftserve.targets.progress import Progress
@@ -239,10 +235,10 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
     )
     say(shown(found))
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
-    for teacher in teachers:
+    for teacher in teachers.values():
         teacher.check_length(longest, "--max-tokens")
     for model, principles in recipes.principles(recipe):
-        _check_under_principles(pretrained.examine(model), tokenizer, principles, documents)
+        _check_under_principles(teachers[model], tokenizer, principles, documents)
     return Material(
         tokenizer=tokenizer,
         documents=documents,
@@ -341,15 +337,16 @@ def _checked_model(job: Job) -> pretrained.Examined | None:
 
 def _checked_teachers(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> list[pretrained.Examined]:
-    """The teachers, checked before any text is read, like the model that will be trained.
+) -> dict[str, pretrained.Examined]:
+    """The teachers by name, checked before any text is read, like the model that will be trained.
 
     Raises:
         ValueError: as `pretrained.examine`; or a tokenizer with more tokens than a teacher's
             embedding.
     """
-    found = [pretrained.examine(model) for model in recipes.teacher_models(recipe)]
-    for teacher in found:
+    models = dict.fromkeys(recipes.teacher_models(recipe))
+    found = {model: pretrained.examine(model) for model in models}
+    for teacher in found.values():
         teacher.check_tokenizer(tokenizer)
     return found
 
@@ -443,7 +440,7 @@ def _encoded(
             tokenizer,
             text,
             spelled=filters.special_tokens,  # type: ignore[arg-type]
-            learnt=filters.answers,  # type: ignore[arg-type]
+            answers=filters.answers,  # type: ignore[arg-type]
         )
     except UnfitError as error:
         report.drop(f"{error}", text.origin)
@@ -514,7 +511,7 @@ def shown(found: Mapping[str, Any]) -> str:
         documents, tokens, trained = (
             found[what][split] for what in ("documents", "tokens", "trained")
         )
-        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} learnt")
+        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} trained")
     if languages := found["languages"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
         lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")

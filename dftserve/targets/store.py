@@ -236,23 +236,9 @@ def plan(
     """
     if not documents.get("train"):
         raise StoreError("the corpus has no document to train on; give it more text.")
-    digest = blake3()
     for split in SPLITS:
         for document in documents.get(split, ()):
-            highest = int(document.tokens_N.max())
-            if highest >= source.vocabulary:
-                raise StoreError(
-                    f"the text contains the token {highest}; the source has {source.vocabulary} "
-                    "tokens: tokenizer and source do not belong together."
-                )
-            if len(document.tokens_N) > LARGEST_DOCUMENT:
-                raise StoreError(
-                    f"a text has {len(document.tokens_N)} tokens; accepted: at most "
-                    f"{LARGEST_DOCUMENT}; cut it (--max-tokens)."
-                )
-            digest.update(split.encode())
-            digest.update(document.tokens_N.tobytes())
-            digest.update(document.trained_N.tobytes())
+            _check_document(document, source.vocabulary)
     if source.vocabulary > LARGEST_ID:
         raise StoreError(f"a vocabulary of {source.vocabulary}; accepted: below {LARGEST_ID}.")
     return Plan(
@@ -261,12 +247,36 @@ def plan(
         vocabulary=source.vocabulary,
         source=source.describe(),
         corpus=corpus,
-        corpus_blake3=digest.hexdigest(),
+        corpus_blake3=_digest_of_corpus(documents),
         seed=seed,
         k=min(k, source.vocabulary),
         draws=draws if source.tail == "sampled" else 0,
         tail=source.tail,
     )
+
+
+def _check_document(document: Document, vocabulary: int) -> None:
+    highest = int(document.tokens_N.max())
+    if highest >= vocabulary:
+        raise StoreError(
+            f"the text contains the token {highest}; the source has {vocabulary} tokens: tokenizer "
+            "and source do not belong together."
+        )
+    if len(document.tokens_N) > LARGEST_DOCUMENT:
+        raise StoreError(
+            f"a text has {len(document.tokens_N)} tokens; accepted: at most {LARGEST_DOCUMENT}; "
+            "cut it (--max-tokens)."
+        )
+
+
+def _digest_of_corpus(documents: Mapping[str, Sequence[Document]]) -> str:
+    digest = blake3()
+    for split in SPLITS:
+        for document in documents.get(split, ()):
+            digest.update(split.encode())
+            digest.update(document.tokens_N.tobytes())
+            digest.update(document.trained_N.tobytes())
+    return digest.hexdigest()
 
 
 def write(

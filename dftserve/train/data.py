@@ -86,7 +86,7 @@ class Cut:
     """Counts of documents that are longer than a row."""
 
     documents: int
-    learnt: int
+    trained: int
     """Their trained tokens in later windows, without the beginning of their document."""
 
 
@@ -113,12 +113,12 @@ class Rows(Dataset):
         self.packing = packing
         parts = pieces(store.lengths(split), longest)
         rows = packed(parts, longest, seed) if packing else one_a_row(parts, seed)
-        learnt = self._learnt(parts)
-        counted = [(row, sum(learnt[part] for part in row)) for row in rows]
+        trained = self._trained_tokens(parts)
+        counted = [(row, sum(trained[part] for part in row)) for row in rows]
         self.rows = [row for row, count in counted if count]
         self.trained = [count for _, count in counted if count]
         """Trained tokens of each row."""
-        later = {part: count for part, count in learnt.items() if part.start > 0 and count}
+        later = {part: count for part, count in trained.items() if part.start > 0 and count}
         self.cut = Cut(len({part.document for part in later}), sum(later.values()))
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Rows(Dataset):
         tokens = sum(len(piece) for row in self.rows for piece in row)
         return [Taken(len(self.rows), tokens, sum(self.trained))]
 
-    def _learnt(self, parts: Sequence[Piece]) -> dict[Piece, int]:
+    def _trained_tokens(self, parts: Sequence[Piece]) -> dict[Piece, int]:
         """Trained tokens of each piece."""
         lengths, counts = self._store.lengths(self._split), self._store.trained(self._split)
 

@@ -104,7 +104,7 @@ class FeatureNetwork:
         layers = tuple(max(1, round(share * count)) for share in shares)
         seen, sums_LD, squares_LD = 0, 0.0, 0.0
         for batch in batches:
-            states_LTD = _learnt_states(model, layers, batch, untrained)
+            states_LTD = _states_at_trained(model, layers, batch, untrained)
             seen += states_LTD.shape[1]
             sums_LD = sums_LD + states_LTD.sum(dim=1)
             squares_LD = squares_LD + states_LTD.square().sum(dim=1)
@@ -149,7 +149,7 @@ class FeatureNetwork:
 
 
 @torch.no_grad()
-def _learnt_states(
+def _states_at_trained(
     model: LanguageModel,
     layers: Sequence[int],
     batch: Mapping[str, Tensor],
@@ -212,15 +212,15 @@ class FeatureMatching:
                 text_BN, layout, drawn_BKSG
             )
         samples_KSF, text_KF = (each[anchors.is_real_BK] for each in (of_samples_BKSF, of_text_BKF))
-        learnt = len(batch["positions_T"])
+        trained = len(batch["positions_T"])
         weights_BKS = torch.zeros(drawn_BKSG.shape[:3], device=text_BN.device)
         # A surrogate with the gradient of the estimate: Σ (r − b)·(−ln p), a mean over anchors and
         # samples; times T, because the divergence that it is added to is a sum over tokens.
-        scale = settings.weight * learnt / (len(anchors) * settings.samples)
+        scale = settings.weight * trained / (len(anchors) * settings.samples)
         weights_BKS[anchors.is_real_BK] = scale * rewards_less_baselines(samples_KSF, text_KF)
         inputs = {
             "anchors_BK": anchors.places_BK,
             "continuations_BKSG": drawn_BKSG,
             "weights_BKS": weights_BKS,
         }
-        return Matched(inputs, distances(samples_KSF, text_KF).mean() * learnt)
+        return Matched(inputs, distances(samples_KSF, text_KF).mean() * trained)

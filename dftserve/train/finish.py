@@ -134,7 +134,7 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     """The content of the checkpoint's dft.json.
 
     Held-out targets are the mixture's own even if the mixture is refused. Then they are neither
-    what was learnt nor known to be nearer to the text than the model is, so they are not used.
+    what was trained on nor known to be nearer to the text than the model is, so they are not used.
     """
     recipe = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
     if not len(seen.model_T):

@@ -102,8 +102,8 @@ class Material:
 def _shown(named: NamedStore, rows: Rows) -> str:
     counts = named.store.manifest.plan.corpus
     trained, tokens = (counts.get(what, {}).get("train") for what in ("trained", "tokens"))
-    learnt = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them learnt"
-    shown = f"{named.store.count('train'):,} documents in {len(rows):,} rows{learnt}."
+    of_tokens = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them trained"
+    shown = f"{named.store.count('train'):,} documents in {len(rows):,} rows{of_tokens}."
     return shown if (cut := cut_shown([rows])) is None else f"{shown} {cut}."
 
 
@@ -112,10 +112,10 @@ def cut_shown(parts: Sequence[Rows]) -> str | None:
     documents = sum(part.cut.documents for part in parts)
     if not documents:
         return None
-    learnt = sum(part.cut.learnt for part in parts)
+    trained = sum(part.cut.trained for part in parts)
     return (
-        f"{documents:,} documents are longer than a row (max_length) and are cut: {learnt:,} of "
-        "the learnt tokens do not see the beginning of their document, which their targets may"
+        f"{documents:,} documents are longer than a row (max_length) and are cut: {trained:,} of "
+        "the trained tokens do not see the beginning of their document, which their targets may"
     )
 
 
@@ -170,7 +170,7 @@ def _rows(
         if each.store.count(split) and not len(part):
             advice = "Leave it out, or build" if len(stores) > 1 else "Build"
             raise ValueError(
-                f"targets: {each.store.folder} has no {split} token that is learnt; accepted: "
+                f"targets: {each.store.folder} has no {split} token to train on; accepted: "
                 f"stores with some. {advice} it from other text."
             )
     if len(parts) == 1:

@@ -48,7 +48,7 @@ class StorePlan:
         return (
             f"{self.name}, weight {self.weight:.4g}: {self.documents:,} documents in "
             f"{self.rows:,} rows, read {self.readings:.3g} times, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} of them learnt"
+            f"{self.trained_tokens:,} of them trained"
         )
 
 
@@ -142,7 +142,7 @@ class TrainPlan:
     def _text_shown(self) -> str:
         epoch = (
             f"{self.rows:,} rows, {self.tokens_per_epoch:,} tokens, "
-            f"{self.trained_tokens_per_epoch:,} of them learnt"
+            f"{self.trained_tokens_per_epoch:,} of them trained"
         )
         if len(self.stores) == 1:
             return f"{self.documents:,} documents in {epoch}"
@@ -176,7 +176,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     steps = steps_of(config, material)
     taken = material.train.sizes()
-    tokens, learnt = sum(each.tokens for each in taken), sum(each.trained for each in taken)
+    tokens, trained_tokens = sum(each.tokens for each in taken), sum(each.trained for each in taken)
     epochs = steps / steps_of_epoch(config, material)
     device = _device_of(model)
     whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
@@ -193,7 +193,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         cut=cut_shown(material.train.parts),
         warning=material.warning,
         tokens_per_epoch=tokens,
-        trained_tokens_per_epoch=learnt,
+        trained_tokens_per_epoch=trained_tokens,
         steps=steps,
         probe_steps=tries,
         candidates=candidates,

@@ -94,7 +94,7 @@ def _check_anchors(matching: FeatureMatchingConfig, material: Material) -> None:
             return
     raise ValueError(
         f"feature_matching.length: got {matching.length}, and no document of these targets has "
-        "that many learnt tokens in a row; accepted: fewer. Or leave feature_matching out."
+        "that many trained tokens in a row; accepted: fewer. Or leave feature_matching out."
     )
 
 

@@ -115,8 +115,8 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
 
 def _check_splits(stores: Sequence[TargetStore]) -> None:
     """Refuse stores of which one trains on documents that another holds out: figures on held-out
-    text would be measured on text that is learnt. A few, as short texts may be equal by chance, are
-    reported instead."""
+    text would be measured on text that is trained on. A few, as short texts may be equal by chance,
+    are reported instead."""
     held_out = {store.folder: frozenset(store.token_digests("heldout")) for store in stores}
     if not any(held_out.values()):
         return

@@ -28,7 +28,7 @@ def test_faults_are_survived_and_counted(engine, faults, figure):
             answers = gather(engine, active)
             # Unchanged rows give the texts of stock sampling for the seed.
             assert [_text(answer) for answer in answers] == expected
-            # And tokens of unchanged rows have no figures.
+            # And tokens of unchanged rows have no statistics.
             assert {figure for answer in answers for figure in _traced(answer)} <= {None}
             injected = count_file.stat().st_size
     finally:

@@ -9,37 +9,31 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dftserve.sampling import LawConstants
 from dftserve.sampling.dry import Breakers
 from dftserve.stories.grammar import generate
 from tests.conftest import long
 from tests.dry_reference import dry_reference, penalties_reference
-from tests.parity.test_exactness import (
+from tests.reference import reference
+from tests.served_distribution import (
     LOG_PROBABILITY,
     NEAR_THRESHOLD,
-    _answers,
-    _log_p,
-    _log_ps,
-    _plain,
-    _sampled_tokens,
-    _stops,
-    _vocabulary,
+    NOTHING_CUT,
+    SampledAnswer,
+    log_guard,
+    stop_ids,
 )
-from tests.reference import reference
 
 TOKENS = 3
-NOTHING_CUT = 1e-30
-"""A min_p with which the guard cuts nothing."""
 
 
 @pytest.mark.parametrize(
     ("engine", "count"), [("v1", 6), ("v2", 6), long("v1", 40), long("v2", 40)], indirect=["engine"]
 )
 def test_repeats_are_penalised_before_the_law(engine, count, figure):
-    source, vocabulary = random.Random(13), _vocabulary(engine)
+    source = random.Random(13)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     breaks_V = Breakers.from_tokenizer(tokenizer).tokens(("\n", "."))
-    stops = _stops(engine, {"shaping": {}})
+    stops = stop_ids(engine)
     checked, penalised, worst = 0, 0, 0.0
     for number in range(count):
         text = tokenizer.encode(generate(source).text).ids[: source.randrange(20, 60)]
@@ -53,22 +47,20 @@ def test_repeats_are_penalised_before_the_law(engine, count, figure):
         fields |= {} if level is None else {"level": level}
         body = {
             "prompt": prompt,
+            "max_tokens": TOKENS,
             "diversity": fields,
             "temperature": temperature,
             "seed": number,
         }
-        answer = _answers(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
-        tokens = _sampled_tokens(answer.json()["choices"][0])
-        for step in range(len(tokens)):
-            before = [*prompt, *tokens[:step]]
-            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+        answer = SampledAnswer(engine, body)
+        for step in range(len(answer.tokens)):
             breakers = set(np.flatnonzero(breaks_V).tolist()) if with_breakers else set()
-            nats = penalties_reference(before, breakers=breakers, **numbers)
+            nats = penalties_reference(answer.before(step), breakers=breakers, **numbers)
             row_V = dry_reference(
-                logits_V,
+                answer.logits_V(step),
                 nats,
                 temperature=temperature,
-                log_guard=_log_guard(level),
+                log_guard=-np.inf if level is None else log_guard(level),
                 stop_ids=stops,
             )
             expected = reference(
@@ -80,21 +72,14 @@ def test_repeats_are_penalised_before_the_law(engine, count, figure):
             )
             if expected.margin < NEAR_THRESHOLD:
                 continue
-            sampled_V = _log_p(answer, vocabulary, step)
+            sampled_V = answer.log_p_V(step)
             likely_V = expected.log_p_V > -20
             worst = max(worst, np.abs(sampled_V[likely_V] - expected.log_p_V[likely_V]).max())
             assert worst <= LOG_PROBABILITY, (number, step, level)
             checked += 1
             penalised += bool(nats)
-        reported = answer.json()["diversity"]
+        reported = answer.response.json()["diversity"]
         assert reported["dry_multiplier"] == pytest.approx(numbers["multiplier"])
     assert checked >= 2 * count
     assert penalised > count // 2
     figure(checked=checked, penalised=penalised, worst_logprob=worst)
-
-
-def _log_guard(level: float | None) -> float:
-    constants = LawConstants()
-    return (
-        -np.inf if level is None else constants.log_guard_start + constants.log_guard_step * level
-    )

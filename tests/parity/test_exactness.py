@@ -1,11 +1,6 @@
-"""The server samples from the law: its distribution over HTTP against a reference in fp64.
-
-Reference logits come from the same engine and prefix, with the field off, at temperature 1: the law
-is invariant to a constant shift, so log-probabilities serve as logits.
-"""
+"""The server samples from the law: its distribution over HTTP against a reference in fp64."""
 
 import itertools
-import json
 import random
 from collections import Counter
 
@@ -16,14 +11,21 @@ from tokenizers import Tokenizer
 from dftserve.sampling import TokenClasses
 from dftserve.sampling.draws import draw_key
 from dftserve.stories.grammar import generate
-from tests.client import gather, post
+from tests.client import post
 from tests.conftest import long
 from tests.reference import cut_reference, draw_reference, reference, words_reference
-
-LOG_PROBABILITY = 2e-4
-NATS = 1e-3
-NEAR_THRESHOLD = 1e-4
-"""Cases with a token so near the guard's threshold are not compared: fp32 may decide otherwise."""
+from tests.served_distribution import (
+    NATS,
+    NEAR_THRESHOLD,
+    SampledAnswer,
+    complete,
+    plain,
+    served_log_p,
+    served_log_ps,
+    stop_ids,
+    vocabulary_of,
+    worst_difference,
+)
 
 COUNTS = [("v1", 60), ("v2", 30), long("v1", 200), long("v2", 200)]
 COUNTS += [long("v1_smollm2", 200), long("v2_smollm2", 200)]
@@ -32,31 +34,30 @@ COUNTS += [long("v1_smollm2", 200), long("v2_smollm2", 200)]
 @pytest.mark.parametrize(("engine", "count"), COUNTS, indirect=["engine"])
 def test_the_sampled_distribution_is_the_law(engine, count, figure):
     source = random.Random(7)
-    vocabulary = _vocabulary(engine)
+    vocabulary = vocabulary_of(engine)
     checked, redrawn, worst_logprob, worst_nats = 0, 0, 0.0, 0.0
     while checked < count:
         cases = [_random_case(source) for _ in range(min(16, count - checked))]
-        logits = _log_ps(engine, [_plain(case) for case in cases], vocabulary)
-        active = _log_p_figures(engine, [_with_field(case) for case in cases], vocabulary)
-        for case, logits_V, (sampled_V, answer) in zip(cases, logits, active, strict=True):
+        shaped = [plain(case["prompt"], **case["shaping"]) for case in cases]
+        logits = served_log_ps(engine, shaped, vocabulary)
+        answers = complete(engine, [_with_field(case) for case in cases], vocabulary)
+        for case, logits_V, answer in zip(cases, logits, answers, strict=True):
             expected = reference(
                 logits_V,
                 temperature=case["temperature"],
-                stop_ids=_stops(engine, case),
+                stop_ids=stop_ids(engine, case["shaping"].get("stop_token_ids", ())),
                 **case["diversity"],
             )
             if expected.margin < NEAR_THRESHOLD:
                 redrawn += 1
                 continue
             checked += 1
-            assert (np.isinf(sampled_V) == np.isinf(expected.log_p_V)).all(), case
-            likely_V = expected.log_p_V > -25
-            error = np.abs(sampled_V[likely_V] - expected.log_p_V[likely_V]).max()
-            nats = abs(answer["mean_entropy_after"] - expected.entropy_after)
-            nats = max(nats, abs(answer["mean_entropy_before"] - expected.entropy_before))
-            assert error <= LOG_PROBABILITY, (error, case)
+            error = worst_difference(served_log_p(answer, vocabulary), expected.log_p_V, case)
+            reported = answer.json()["diversity"]["choices"][0]
+            nats = abs(reported["mean_entropy_after"] - expected.entropy_after)
+            nats = max(nats, abs(reported["mean_entropy_before"] - expected.entropy_before))
             assert nats <= NATS, (nats, case)
-            assert answer["mean_temperature"] == pytest.approx(expected.temperature, rel=1e-4)
+            assert reported["mean_temperature"] == pytest.approx(expected.temperature, rel=1e-4)
             worst_logprob, worst_nats = max(worst_logprob, error), max(worst_nats, nats)
     figure(draws=count, redrawn=redrawn, worst_logprob=worst_logprob, worst_nats=worst_nats)
 
@@ -67,7 +68,7 @@ WORDS = [("v1", 16), long("v2", 16), long("v1_smollm2", 200), long("v2_smollm2",
 @pytest.mark.parametrize(("engine", "count"), WORDS, indirect=["engine"])
 def test_the_law_words_goes_by_the_last_token(engine, count, figure):
     """Of three steps, the first depends on the prompt's end, the third on what was sampled."""
-    source, vocabulary = random.Random(8), _vocabulary(engine)
+    source, vocabulary = random.Random(8), vocabulary_of(engine)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     classes = TokenClasses.from_tokenizer(tokenizer)
     seen, checked, worst = set(), 0, 0.0
@@ -77,26 +78,19 @@ def test_the_law_words_goes_by_the_last_token(engine, count, figure):
         diversity = {"law": "words", "level": source.uniform(0.1, 1.0)}
         temperature = source.uniform(0.5, 1.5)
         body = {"prompt": prompt, "diversity": diversity, "temperature": temperature, "seed": 1}
-        answer = _answers(engine, [body | {"max_tokens": 3, "ignore_eos": True}], vocabulary)[0]
-        tokens = _sampled_tokens(answer.json()["choices"][0])
+        answer = SampledAnswer(engine, body | {"max_tokens": 3, "ignore_eos": True})
         for step in (0, 2):
-            before = [*prompt, *tokens[:step]]
-            plain = _plain({"prompt": before, "shaping": {"ignore_eos": True}})
-            logits_V = _log_ps(engine, [plain], vocabulary)[0]
-            state = int(classes.states()[before[-1]])
+            state = int(classes.states()[answer.before(step)[-1]])
             class_V = np.zeros(vocabulary, np.uint8)
             class_V[: len(classes.packed_V)] = classes.classes_after(state)
             law = words_reference(
-                logits_V, class_V, temperature=temperature, level=diversity["level"]
+                answer.logits_V(step), class_V, temperature=temperature, level=diversity["level"]
             )
             if law.margin < NEAR_THRESHOLD:
                 continue
-            sampled_V = _log_p(answer, vocabulary, step)
-            assert (np.isinf(sampled_V) == np.isinf(law.log_p_V)).all()
-            likely_V = law.log_p_V > -25
-            worst = max(worst, np.abs(sampled_V[likely_V] - law.log_p_V[likely_V]).max())
-            assert worst <= LOG_PROBABILITY
-            seen |= {(state, int(c)) for c in class_V[likely_V]}
+            case = diversity, step
+            worst = max(worst, worst_difference(answer.log_p_V(step), law.log_p_V, case))
+            seen |= {(state, int(c)) for c in class_V[law.log_p_V > -25]}
             checked += 1
     assert {c for _, c in seen} == {0, 1, 2}
     assert len({state for state, _ in seen}) > 1
@@ -106,7 +100,7 @@ def test_the_law_words_goes_by_the_last_token(engine, count, figure):
 @pytest.mark.parametrize(("engine", "count"), [("v1", 24), ("v2", 24)], indirect=["engine"])
 def test_laws_that_only_cut_tokens_are_exact(engine, count, figure):
     """Checks the first and the last of up to three steps; `xtc` draws by seed and position."""
-    source, vocabulary = random.Random(9), _vocabulary(engine)
+    source = random.Random(9)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     checked, worst, excludes = Counter(), 0.0, set()
     for number in itertools.count():
@@ -120,27 +114,22 @@ def test_laws_that_only_cut_tokens_are_exact(engine, count, figure):
             number,
         )
         body = {"prompt": prompt, "diversity": diversity, "temperature": temperature, "seed": seed}
-        answer = _answers(engine, [body | {"max_tokens": 3}], vocabulary)[0]
-        tokens = _sampled_tokens(answer.json()["choices"][0])
-        for step in {0, len(tokens) - 1}:
-            before = [*prompt, *tokens[:step]]
-            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
-            position = len(before) - 1 if engine.is_v2 else step
+        answer = SampledAnswer(engine, body | {"max_tokens": 3})
+        for step in {0, len(answer.tokens) - 1}:
+            logits_V = answer.logits_V(step)
+            position = len(answer.before(step)) - 1 if engine.is_v2 else step
             draw = draw_reference(draw_key("seed", seed), position)
             expected = cut_reference(
                 logits_V,
                 temperature=temperature,
-                stop_ids=_stops(engine, {"shaping": {}}),
+                stop_ids=stop_ids(engine),
                 draw=draw,
                 **diversity,
             )
             if expected.margin < NEAR_THRESHOLD:
                 continue
-            sampled_V = _log_p(answer, vocabulary, step)
-            assert (np.isinf(sampled_V) == np.isinf(expected.log_p_V)).all(), (diversity, step)
-            likely_V = expected.log_p_V > -25
-            worst = max(worst, np.abs(sampled_V[likely_V] - expected.log_p_V[likely_V]).max())
-            assert worst <= LOG_PROBABILITY
+            case = diversity, step
+            worst = max(worst, worst_difference(answer.log_p_V(step), expected.log_p_V, case))
             checked[diversity["law"]] += 1
             if diversity["law"] == "xtc":
                 excludes.add(bool(np.isinf(expected.log_p_V[logits_V.argmax()])))
@@ -188,67 +177,14 @@ def _random_case(source: random.Random) -> dict:
     }
 
 
-def _plain(case: dict) -> dict:
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return {"prompt": case["prompt"], **case["shaping"], **neutral}
-
-
 def _with_field(case: dict) -> dict:
     fields = {"diversity": case["diversity"], "temperature": case["temperature"]}
     return {"prompt": case["prompt"], **case["shaping"], **fields}
 
 
-def _log_p_figures(
-    engine, bodies: list[dict], vocabulary: int
-) -> list[tuple[np.ndarray, dict | None]]:
-    answers = _answers(engine, bodies, vocabulary)
-    return [(_log_p(answer, vocabulary), _figures(answer)) for answer in answers]
-
-
-def _answers(engine, bodies: list[dict], vocabulary: int) -> list:
-    common = {
-        "model": "demo",
-        "max_tokens": 1,
-        "logprobs": vocabulary,
-        "return_tokens_as_token_ids": True,
-    }
-    return gather(engine, [("/v1/completions", common | body) for body in bodies])
-
-
-def _log_ps(engine, bodies: list[dict], vocabulary: int) -> list[np.ndarray]:
-    return [log_p_V for log_p_V, _ in _log_p_figures(engine, bodies, vocabulary)]
-
-
-def _log_p(answer, vocabulary: int, step: int = 0) -> np.ndarray:
-    assert answer.status_code == 200, answer.text
-    top = answer.json()["choices"][0]["logprobs"]["top_logprobs"][step]
-    log_p_V = np.full(vocabulary, np.nan)
-    for token, value in top.items():
-        log_p_V[int(token.removeprefix("token_id:"))] = value if value > -9998 else -np.inf
-    assert not np.isnan(log_p_V).any(), "the server did not list every token"
-    return log_p_V
-
-
-def _sampled_tokens(choice: dict) -> list[int]:
-    return [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
-
-
-def _figures(answer) -> dict | None:
-    return answer.json().get("diversity", {"choices": [None]})["choices"][0]
-
-
-def _vocabulary(engine) -> int:
-    return json.loads((engine.model_folder / "config.json").read_text())["vocab_size"]
-
-
-def _stops(engine, case: dict) -> frozenset[int]:
-    end = json.loads((engine.model_folder / "config.json").read_text())["eos_token_id"]
-    return frozenset([end, *case["shaping"].get("stop_token_ids", [])])
-
-
 def test_the_reported_distribution_sums_to_1(v1):
     """The tests above need the whole distribution."""
-    body = {"model": "demo", "prompt": "Once", "max_tokens": 1, "logprobs": _vocabulary(v1)}
+    body = {"model": "demo", "prompt": "Once", "max_tokens": 1, "logprobs": vocabulary_of(v1)}
     body |= {"return_tokens_as_token_ids": True, "top_p": 1.0, "top_k": 0}
-    log_p_V = _log_p(post(v1, "/v1/completions", body), _vocabulary(v1))
+    log_p_V = served_log_p(post(v1, "/v1/completions", body), vocabulary_of(v1))
     assert np.exp(log_p_V).sum() == pytest.approx(1.0, abs=1e-4)

@@ -10,15 +10,15 @@ from dftserve.stories.grammar import PROMPTS
 from tests.client import chat_body, gather, metric
 from tests.conftest import Engine, long
 from tests.group_reference import cut_reference, drawn_reference, first_code_reference
-from tests.parity.test_exactness import (
-    _answers,
-    _log_ps,
-    _plain,
-    _sampled_tokens,
-    _stops,
-    _vocabulary,
-)
 from tests.reference import reference
+from tests.served_distribution import (
+    complete,
+    plain,
+    sampled_tokens,
+    served_log_ps,
+    stop_ids,
+    vocabulary_of,
+)
 
 SIZE, TOKENS = 16, 6
 NEVER = -9999.0
@@ -39,7 +39,7 @@ def test_texts_of_a_group_are_those_of_their_codes(engine, prompts, figure):
 def check(engine: Engine, prompts: int) -> int:
     """Check groups with and without cuts of the request, as n choices or as n requests; returns the
     number of checked tokens."""
-    source, vocabulary = random.Random(21), _vocabulary(engine)
+    source, vocabulary = random.Random(21), vocabulary_of(engine)
     checked, first_steps = 0, set()
     for number, prompt in enumerate(source.sample(list(PROMPTS), prompts)):
         level, temperature = source.uniform(0.3, 1.0), source.uniform(0.8, 1.5)
@@ -50,11 +50,11 @@ def check(engine: Engine, prompts: int) -> int:
         if number % 3 == 2:
             groups = [{"id": f"g{number}", "index": i, "size": SIZE} for i in range(SIZE)]
             requests = [body | {"diversity": {"level": level, "group": group}} for group in groups]
-            choices = [_tokens_by_choice(each)[0] for each in _answers(engine, requests, 1)]
+            choices = [_tokens_by_choice(each)[0] for each in complete(engine, requests, 1)]
             name = f"g{number}"
         else:
             requests = body | {"diversity": {"level": level, "group": True}, "n": SIZE}
-            choices = _tokens_by_choice(_answers(engine, [requests | {"seed": number}], 1)[0])
+            choices = _tokens_by_choice(complete(engine, [requests | {"seed": number}], 1)[0])
             name = f"{draw_key('group', 'seed', number):012x}"
         for index, tokens in enumerate(choices):
             code, used = first_code_reference(name, index, SIZE), 0.0
@@ -64,7 +64,7 @@ def check(engine: Engine, prompts: int) -> int:
                     _logits(engine, before, vocabulary),
                     temperature=temperature,
                     level=level,
-                    stop_ids=_stops(engine, {"shaping": {}}),
+                    stop_ids=stop_ids(engine),
                 )
                 p_V = cut_reference(np.exp(law.log_p_V), **cuts)
                 expected, inside = drawn_reference(p_V, code)
@@ -86,7 +86,7 @@ def _tokens_by_choice(answer) -> list[list[int]]:
     body = answer.json()
     assert body["diversity"]["group"]
     return [
-        _sampled_tokens(each) for each in sorted(body["choices"], key=lambda each: each["index"])
+        sampled_tokens(each) for each in sorted(body["choices"], key=lambda each: each["index"])
     ]
 
 
@@ -99,7 +99,7 @@ def _logits(engine, before: list, vocabulary: int) -> np.ndarray:
     key = engine.name, prompt, tuple(tokens)
     if key not in _cache:
         ids = [*_tokens(engine, prompt), *tokens]
-        _cache[key] = _log_ps(engine, [_plain({"prompt": ids, "shaping": {}})], vocabulary)[0]
+        _cache[key] = served_log_ps(engine, [plain(ids)], vocabulary)[0]
     return _cache[key]
 
 

@@ -11,27 +11,22 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dftserve.sampling import LawConstants
 from dftserve.stories.grammar import generate
 from dftserve.styles import profile as profiles
 from tests.conftest import long
-from tests.parity.test_exactness import (
-    LOG_PROBABILITY,
-    NEAR_THRESHOLD,
-    _answers,
-    _log_p,
-    _log_ps,
-    _plain,
-    _sampled_tokens,
-    _stops,
-    _vocabulary,
-)
 from tests.reference import reference
-from tests.style_reference import style_reference
+from tests.served_distribution import (
+    NEAR_THRESHOLD,
+    NOTHING_CUT,
+    SampledAnswer,
+    log_guard,
+    stop_ids,
+    vocabulary_of,
+    worst_difference,
+)
+from tests.style_reference import style_reference, style_rows
 
 TOKENS = 4
-NOTHING_CUT = 1e-30
-"""A min_p with which the law's guard cuts nothing of what the style has left."""
 
 
 @pytest.mark.parametrize(
@@ -40,10 +35,10 @@ NOTHING_CUT = 1e-30
     indirect=["engine"],
 )
 def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder, figure):
-    source, vocabulary = random.Random(11), _vocabulary(engine)
+    source, vocabulary = random.Random(11), vocabulary_of(engine)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     profile = profiles.read(styles_folder / "habits")
-    stops = _stops(engine, {"shaping": {}})
+    stops = stop_ids(engine)
     checked, worst, held_back = 0, 0.0, 0.0
     for number in range(count):
         text = generate(source).text
@@ -53,19 +48,17 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
         temperature = source.uniform(0.5, 1.5)
         body = {"prompt": prompt, "style": style, "temperature": temperature, "seed": number}
         body |= {} if level is None else {"diversity": level}
-        answer = _answers(engine, [body | {"max_tokens": TOKENS}], vocabulary)[0]
-        tokens = _sampled_tokens(answer.json()["choices"][0])
+        answer = SampledAnswer(engine, body | {"max_tokens": TOKENS})
         state, spent = 0, 0.0
-        for step, token in enumerate(tokens):
-            before = [*prompt, *tokens[:step]]
-            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
-            factor_V, delta_V = _style_rows(profile, state, before[-1], vocabulary)
+        for step, token in enumerate(answer.tokens):
+            last = answer.before(step)[-1]
+            factor_V, delta_V = style_rows(profile, state, last, vocabulary)
             expected = style_reference(
-                logits_V,
+                answer.logits_V(step),
                 factor_V,
                 delta_V,
                 temperature=temperature,
-                log_guard=_log_guard(level),
+                log_guard=log_guard(level or 0.0),
                 strength=style["strength"],
                 allowance=style["max_kl"] * (step + 1) - spent,
                 stop_ids=stops,
@@ -84,28 +77,13 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
                     min_p=NOTHING_CUT,
                     stop_ids=stops,
                 ).log_p_V
-            sampled_V = _log_p(answer, vocabulary, step)
-            assert (np.isinf(sampled_V) == np.isinf(expected_V)).all(), (number, step)
-            likely_V = expected_V > -20
-            worst = max(worst, np.abs(sampled_V[likely_V] - expected_V[likely_V]).max())
-            assert worst <= LOG_PROBABILITY, (number, step, level)
+            case = number, step, level
+            found = worst_difference(answer.log_p_V(step), expected_V, case, least=-20)
+            worst = max(worst, found)
             checked += 1
-        reported = answer.json()["style"]
+        reported = answer.response.json()["style"]
         assert reported["name"] == "habits"
-        assert reported["choices"][0]["tokens"] == len(tokens)
+        assert reported["choices"][0]["tokens"] == len(answer.tokens)
     assert checked >= 2 * count
     assert held_back > 0
     figure(checked=checked, worst_logprob=worst)
-
-
-def _style_rows(profile, state: int, last: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    factor_V, delta_V = np.ones(vocabulary), np.zeros(vocabulary)
-    for token in range(profile.vocabulary):
-        factor_V[token] = np.exp(profile.step(state, token)[1])
-        delta_V[token] = profile.delta(last, token)
-    return factor_V, delta_V
-
-
-def _log_guard(level: float | None) -> float:
-    constants = LawConstants()
-    return constants.log_guard_start + constants.log_guard_step * (level or 0.0)

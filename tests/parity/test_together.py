@@ -14,21 +14,18 @@ from dftserve.styles import profile as profiles
 from tests.conftest import long
 from tests.dry_reference import dry_reference, penalties_reference
 from tests.group_reference import drawn_reference, first_code_reference
-from tests.parity.test_exactness import (
-    LOG_PROBABILITY,
-    NEAR_THRESHOLD,
-    _answers,
-    _log_p,
-    _log_ps,
-    _plain,
-    _sampled_tokens,
-    _stops,
-    _vocabulary,
-)
 from tests.parity.test_groups import NEAR
-from tests.parity.test_styles import NOTHING_CUT, _log_guard, _style_rows
 from tests.reference import reference
-from tests.style_reference import style_reference
+from tests.served_distribution import (
+    NEAR_THRESHOLD,
+    NOTHING_CUT,
+    SampledAnswer,
+    log_guard,
+    stop_ids,
+    vocabulary_of,
+    worst_difference,
+)
+from tests.style_reference import style_reference, style_rows
 
 TOKENS, SIZE = 5, 4
 DRY = {"multiplier": 1.5, "base": 1.75, "allowed_length": 2}
@@ -40,10 +37,10 @@ DRY = {"multiplier": 1.5, "base": 1.75, "allowed_length": 2}
     indirect=["engine"],
 )
 def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
-    source, vocabulary = random.Random(17), _vocabulary(engine)
+    source, vocabulary = random.Random(17), vocabulary_of(engine)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     profile = profiles.read(styles_folder / "habits")
-    stops = _stops(engine, {"shaping": {}})
+    stops = stop_ids(engine)
     drawn, compared, penalised, worst = 0, 0, 0, 0.0
     for number in range(count):
         text = tokenizer.encode(generate(source).text).ids[: source.randrange(20, 60)]
@@ -55,21 +52,19 @@ def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
         diversity = {"level": level, "group": group, "dry_sequence_breakers": [], **dry}
         body = {"prompt": prompt, "diversity": diversity, "style": style, "seed": number}
         body |= {"temperature": temperature, "max_tokens": TOKENS}
-        answer = _answers(engine, [body], vocabulary)[0]
-        tokens = _sampled_tokens(answer.json()["choices"][0])
+        answer = SampledAnswer(engine, body)
         code, bits = first_code_reference(group["id"], group["index"], SIZE), np.log2(SIZE)
         state, spent = 0, 0.0
-        for step, token in enumerate(tokens):
-            before = [*prompt, *tokens[:step]]
-            logits_V = _log_ps(engine, [_plain({"prompt": before, "shaping": {}})], vocabulary)[0]
+        for step, token in enumerate(answer.tokens):
+            before = answer.before(step)
             nats = penalties_reference(before, **DRY)
-            factor_V, delta_V = _style_rows(profile, state, before[-1], vocabulary)
+            factor_V, delta_V = style_rows(profile, state, before[-1], vocabulary)
             shaped = {"temperature": temperature, "stop_ids": stops}
             styled = style_reference(
-                dry_reference(logits_V, nats, log_guard=_log_guard(level), **shaped),
+                dry_reference(answer.logits_V(step), nats, log_guard=log_guard(level), **shaped),
                 factor_V,
                 delta_V,
-                log_guard=_log_guard(level),
+                log_guard=log_guard(level),
                 strength=style["strength"],
                 allowance=style["max_kl"] * (step + 1) - spent,
                 **shaped,
@@ -89,11 +84,9 @@ def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
                 bits += law.log_p_V[token] / np.log(2)
                 drawn += 1
                 continue
-            sampled_V = _log_p(answer, vocabulary, step)
-            assert (np.isinf(sampled_V) == np.isinf(law.log_p_V)).all(), (number, step)
-            likely_V = law.log_p_V > -20
-            worst = max(worst, np.abs(sampled_V[likely_V] - law.log_p_V[likely_V]).max())
-            assert worst <= LOG_PROBABILITY, (number, step)
+            case = number, step
+            found = worst_difference(answer.log_p_V(step), law.log_p_V, case, least=-20)
+            worst = max(worst, found)
             compared += 1
     assert drawn >= count
     assert compared >= count

@@ -15,7 +15,6 @@ from dftserve.bounded_files import FileError
 from dftserve.evaluate import reference
 from dftserve.evaluate.text.windows import Sample
 from dftserve.spec import Promise
-from dftserve.targets.principles import load_principles
 from tests.bounded_commands import Commands
 from tests.texts import human_like
 from tests.training import save_model, save_store
@@ -576,24 +575,6 @@ def test_a_file_to_append_to_may_not_be_a_link(tmp_path):
 def test_invalid_yaml_is_reported_in_one_sentence(text):
     with pytest.raises(ValueError, match=r"^w: not YAML \(.*\); correct it there\.$"):
         settings.parse_yaml(text, "w")
-
-
-@pytest.mark.parametrize(
-    "attack", [fifo, folder, sparse, link_to_a_device], ids=lambda a: a.__name__
-)
-def test_principles_must_be_a_plain_file(tmp_path, attack):
-    path = tmp_path / "voices.yaml"
-    path.write_text("principles: {dry: Say it once.}")
-    assert load_principles(path) == {"dry": "Say it once."}
-    attack(path)
-    with pytest.raises(ValueError, match=r"voices\.yaml"):
-        load_principles(path)
-
-
-def test_principles_may_not_have_aliases(tmp_path):
-    (tmp_path / "voices.yaml").write_text("principles: {a: &a x, b: *a}")
-    with pytest.raises(ValueError, match="alias"):
-        load_principles(tmp_path / "voices.yaml")
 
 
 def test_weights_may_be_links_and_texts_may_not(tmp_path):

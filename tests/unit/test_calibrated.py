@@ -147,7 +147,7 @@ def test_training_on_a_refused_mixture_is_plain_fine_tuning(true_model, weight):
 
 
 def test_a_refused_mixture_does_not_enter_the_promise_of_a_checkpoint(true_model, better_source):
-    """Its rows of held-out text are those of the mixture, and not what was learnt."""
+    """Its rows of held-out text are those of the mixture, and not what was trained on."""
     config = TrainConfig(model="m", targets="t", output="o")
     seen = Profile(np.full(9, 2.0), np.full(9, 1.0), {0.1: 1.5, 0.2: 2.0, 0.3: 2.5})
     refused, passed = true_model[1].describe(), better_source[1].describe()
@@ -416,12 +416,12 @@ def test_too_little_held_out_text_is_refused(heldout):
 
 def test_pieces_of_one_text_count_as_one():
     pieces = [document(each.tokens_N.tolist(), "a book") for each in HELDOUT]
-    with pytest.raises(ValueError, match="got 2,950 learnt tokens of held-out text, of 1 texts"):
+    with pytest.raises(ValueError, match="got 2,950 trained tokens of held-out text, of 1 texts"):
         make_calibrated(TRUTH, TRAIN, pieces)
 
 
 def test_one_piece_of_each_text_is_selected_before_a_second():
-    """50 texts of two pieces of 29 learnt tokens: one of each comes before a second of any."""
+    """50 texts of two pieces of 29 trained tokens: one of each comes before a second of any."""
     pieces = [
         document(each.tokens_N[start : start + 30].tolist(), f"text {i}")
         for i, each in enumerate(HELDOUT)

@@ -193,7 +193,7 @@ def sent(server):
     ]
 
 
-def test_an_answer_is_streamed_and_followed_by_its_figures():
+def test_an_answer_is_streamed_and_followed_by_its_statistics():
     server = Server(STORY)
     output = talk(server, "/diversity .7", "Tell me.", options=["--temperature", "0.9"])
     assert output.splitlines()[-2:] == ["Once upon.", FIGURES]
@@ -203,7 +203,7 @@ def test_an_answer_is_streamed_and_followed_by_its_figures():
     assert parse(body["diversity"]) == parse(0.7)
 
 
-def test_human_is_sent_as_the_word_and_missing_figures_cause_a_warning():
+def test_human_is_sent_as_the_word_and_missing_statistics_cause_a_warning():
     server = Server(STORY, stream(chunk("Yes.")))
     output = talk(server, "/diversity human", "Tell me.", "/diversity", "Well?")
     assert "diversity: human" in output

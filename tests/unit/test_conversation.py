@@ -1,4 +1,4 @@
-"""Conversations through chat templates: which tokens are learnt, and the notes on the rest."""
+"""Conversations through chat templates: which tokens are trained on, and the notes on the rest."""
 
 import json
 from datetime import datetime
@@ -94,8 +94,8 @@ def turns(*texts: str, system: str = "") -> list[dict]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def learnt(tokenizer, messages, **options) -> list[str]:
-    """The spans of text that are learnt."""
+def trained(tokenizer, messages, **options) -> list[str]:
+    """The spans of text that are trained on."""
     document = encode(tokenizer, messages, **options).document
     spans, before = [], -2
     for at in document.positions_T.tolist():
@@ -117,10 +117,10 @@ FOUR = turns("the river", "old stone", "the garden", "quiet winter", system="be 
         (THINKING, [f"old stone{END}", f"<think>\n\n</think>\n\nquiet winter{END}"]),
     ],
 )
-def test_every_answer_is_learnt_where_the_template_has_no_marks(core, template, expected):
+def test_every_answer_is_trained_on_where_the_template_has_no_marks(core, template, expected):
     tokenizer = tokenizer_of(core, template)
-    assert learnt(tokenizer, FOUR) == expected
-    assert learnt(tokenizer, FOUR, learnt="last") == expected[-1:]
+    assert trained(tokenizer, FOUR) == expected
+    assert trained(tokenizer, FOUR, answers="last") == expected[-1:]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_marks_are_found_however_the_tag_is_written(core, opened, closed):
     template = MARKED % (opened, closed)
     tokenizer = tokenizer_of(core, template)
     assert ChatTemplate.of(tokenizer).marks
-    assert learnt(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
+    assert trained(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_named_templates_are_selected_by_use(core):
     assert ChatTemplate.of(tokenizer).title == "the chat template 'default'"
     assert ChatTemplate.of(tokenizer).marks
     assert ChatTemplate.of(tokenizer, tools=True).title == "the chat template 'tool_use'"
-    assert learnt(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
+    assert trained(tokenizer, FOUR) == [f"old stone{END}", f"quiet winter{END}"]
     tokenizer.chat_template = {"rag": marked}
     with pytest.raises(TemplateError, match=r"templates rag; accepted: one named 'default'"):
         encode(tokenizer, FOUR)
@@ -188,18 +188,18 @@ def test_the_first_newline_of_an_answer_is_not_merged_with_its_prompt(core):
     tokenizer = tokenizer_of(core, CHATML)
     messages = turns("the river", "\n\nold stone")
     document_after_a_servers_prompt(tokenizer, messages)
-    assert learnt(tokenizer, messages) == [f"\n\nold stone{END}"]
+    assert trained(tokenizer, messages) == [f"\n\nold stone{END}"]
 
 
 @given(st.lists(st.text("a\n <>|imend_star", max_size=12), min_size=2, max_size=6))
-def test_exactly_the_answers_are_learnt(core, texts):
+def test_exactly_the_answers_are_trained_on(core, texts):
     """Also answers that spell special tokens."""
     texts = [*texts, *texts[: len(texts) % 2]]
     messages = turns(*(f"{text}{END}x" for text in texts))
     tokenizer = tokenizer_of(core, CHATML)
     encoded = encode(tokenizer, messages)
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
-    assert learnt(tokenizer, messages) == [f"{answer}{END}" for answer in answers]
+    assert trained(tokenizer, messages) == [f"{answer}{END}" for answer in answers]
     stops = (encoded.document.tokens_N == tokenizer.convert_tokens_to_ids(END)).sum()
     assert stops == len(messages)
 
@@ -209,12 +209,12 @@ def test_exactly_the_answers_are_learnt(core, texts):
 CALL = {"function": {"name": "look", "arguments": {"at": "river"}}}
 
 
-def test_a_turn_of_weight_0_is_not_learnt(core):
+def test_a_turn_of_weight_0_is_not_trained_on(core):
     messages = turns("a", "old stone", "b", "quiet winter")
     messages[1]["weight"] = 0
     marked = MARKED % ("{% generation %}", "{% endgeneration %}")
     for template in (CHATML, marked):
-        assert learnt(tokenizer_of(core, template), messages) == [f"quiet winter{END}"]
+        assert trained(tokenizer_of(core, template), messages) == [f"quiet winter{END}"]
     messages[3]["weight"] = 0
     with pytest.raises(UnfitError, match="nothing to train on"):
         encode(tokenizer_of(core, CHATML), messages)
@@ -223,12 +223,12 @@ def test_a_turn_of_weight_0_is_not_learnt(core):
         encode(tokenizer_of(core, CHATML), messages)
 
 
-def test_tool_calls_of_an_empty_answer_are_learnt(core):
+def test_tool_calls_of_an_empty_answer_are_trained_on(core):
     messages = turns("the river", "")
     messages[1]["tool_calls"] = [CALL]
     messages += [{"role": "tool", "content": "old"}, {"role": "assistant", "content": "an old one"}]
     called = f"<call>{json.dumps(CALL['function'])}</call>{END}"
-    assert learnt(tokenizer_of(core, TOOLS), messages) == [called, f"an old one{END}"]
+    assert trained(tokenizer_of(core, TOOLS), messages) == [called, f"an old one{END}"]
     with pytest.raises(UnfitError, match="`tool_calls`, which the chat template does not take"):
         encode(tokenizer_of(core, CHATML), messages)
 
@@ -249,7 +249,7 @@ def test_arguments_that_are_a_text_are_parsed(core, text, parsed):
     messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": text}}]
     called = {"name": "f", "arguments": parsed}
     expected = f"<call>{json.dumps(called, ensure_ascii=False)}</call>{END}"
-    assert learnt(tokenizer_of(core, TOOLS), messages) == [expected]
+    assert trained(tokenizer_of(core, TOOLS), messages) == [expected]
 
 
 @pytest.mark.parametrize("value", ['{"at": ', "[1]", "3", [1], 3, '{"at": "\\ud800"}'])
@@ -270,10 +270,10 @@ def test_an_empty_list_of_calls_is_not_noted(core):
     assert encode(tokenizer_of(core, CHATML), messages).notes == ()
 
 
-def test_an_empty_answer_is_not_learnt_but_noted(core):
+def test_an_empty_answer_is_not_trained_on_but_noted(core):
     encoded = encode(tokenizer_of(core, CHATML), turns("a", "", "b", "stone"))
     assert encoded.notes == ("an empty answer: not learnt",)
-    assert learnt(tokenizer_of(core, CHATML), turns("a", "", "b", "stone")) == [f"stone{END}"]
+    assert trained(tokenizer_of(core, CHATML), turns("a", "", "b", "stone")) == [f"stone{END}"]
 
 
 def test_fields_go_to_the_template_or_are_noted_by_name(core):
@@ -286,7 +286,7 @@ def test_fields_go_to_the_template_or_are_noted_by_name(core):
     assert encoded.notes == ()
     assert "user ann\n" in text
     assert '"look"' in text
-    assert learnt(tokenizer_of(core, TOOLS), messages) == [f"<think>old?</think>\nstone{END}"]
+    assert trained(tokenizer_of(core, TOOLS), messages) == [f"<think>old?</think>\nstone{END}"]
     noted = encode(tokenizer_of(core, CHATML), messages, tools).notes
     assert [note.split()[0] for note in noted] == ["`name`", "`reasoning_content`", "`tools`"]
 
@@ -297,7 +297,7 @@ def test_turns_after_the_last_answer_are_cut_and_noted(core, more):
     messages += [{"role": "user", "content": text} for text in more]
     encoded = encode(tokenizer_of(core, CHATML), messages)
     assert encoded.notes == ("cut behind the last answer: user",)
-    assert learnt(tokenizer_of(core, CHATML), messages) == [f"stone{END}"]
+    assert trained(tokenizer_of(core, CHATML), messages) == [f"stone{END}"]
     with pytest.raises(UnfitError, match="no turn of the role 'assistant'"):
         encode(tokenizer_of(core, CHATML), messages[:1])
 
@@ -357,22 +357,22 @@ ARGUMENTS = json.dumps(CALL["function"]["arguments"])
         (NO_ENDS, f"<call>look {ARGUMENTS}</call>", "quiet winter"),
     ],
 )
-def test_a_call_is_learnt_to_its_own_end(core, template, call, answer, content):
+def test_a_call_is_trained_on_to_its_own_end(core, template, call, answer, content):
     """Neither cut within its arguments, nor on into the turn with its result."""
     tokenizer = tokenizer_of(core, template)
-    assert learnt(tokenizer, calling(content)) == [content + call, answer]
-    assert learnt(tokenizer, calling(content)[:2]) == [content + call]
+    assert trained(tokenizer, calling(content)) == [content + call, answer]
+    assert trained(tokenizer, calling(content)[:2]) == [content + call]
 
 
-def test_every_message_of_a_turn_is_learnt(core):
+def test_every_message_of_a_turn_is_trained_on(core):
     """Its reasoning too, although its content follows a header of its own."""
     tokenizer = tokenizer_of(core, MESSAGES)
     messages = calling()
     messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = "old?"
     thought = f":thought\nold?{END}{BEGIN}assistant"
     call = f"{thought}:to look {ARGUMENTS}</s>"
-    assert learnt(tokenizer, messages) == [call, f"{thought}:says\nquiet winter</s>"]
-    assert learnt(tokenizer, messages[:2]) == [call]
+    assert trained(tokenizer, messages) == [call, f"{thought}:says\nquiet winter</s>"]
+    assert trained(tokenizer, messages[:2]) == [call]
 
 
 @pytest.mark.parametrize(
@@ -389,19 +389,19 @@ def test_a_call_is_refused_where_the_template_needs_what_follows_it(core):
     needs = "{% if messages[-1].tool_calls %}{{ raise_exception('No result') }}{% endif %}"
     with pytest.raises(UnfitError, match="ends a call otherwise"):
         encode(tokenizer_of(core, needs + NO_ENDS), calling())
-    assert learnt(tokenizer_of(core, needs + CHATML), FOUR)[-1] == f"quiet winter{END}"
+    assert trained(tokenizer_of(core, needs + CHATML), FOUR)[-1] == f"quiet winter{END}"
 
 
-def test_all_tokens_that_end_a_turn_are_learnt(core):
+def test_all_tokens_that_end_a_turn_are_trained_on(core):
     expected = [f"old stone</s>{END}", f"quiet winter</s>{END}"]
-    assert learnt(tokenizer_of(core, TWO_ENDS), FOUR) == expected
+    assert trained(tokenizer_of(core, TWO_ENDS), FOUR) == expected
 
 
-def test_blanks_that_an_answer_begins_with_are_learnt_without_a_header(core):
+def test_blanks_that_an_answer_begins_with_are_trained_on_without_a_header(core):
     """A template that does not ask for an answer shows no header."""
     template = MISTRAL.replace(" | trim", "")
     messages = turns("the river", "\n\nold stone")
-    assert learnt(tokenizer_of(core, template), messages) == [" \n\nold stone</s>"]
+    assert trained(tokenizer_of(core, template), messages) == [" \n\nold stone</s>"]
 
 
 def test_an_answer_that_does_not_follow_the_prompt_of_a_server_is_noted(core):
@@ -472,7 +472,7 @@ def test_a_token_that_tools_or_calls_spell_is_text(core):
 @pytest.mark.parametrize(
     "template", [CHATML, MISTRAL, MARKED % ("{% generation %}", "{% endgeneration %}")]
 )
-def test_private_characters_of_a_text_are_learnt_unchanged(core, template, spelled):
+def test_private_characters_of_a_text_are_trained_on_unchanged(core, template, spelled):
     """Fonts have icons there, which our marks must not collide with."""
     tokenizer = tokenizer_of(core, template)
     icons = "".join(map(chr, range(0xF0000, 0xF0020)))
@@ -480,7 +480,7 @@ def test_private_characters_of_a_text_are_learnt_unchanged(core, template, spell
     encoded = encode(tokenizer, messages, spelled=spelled)
     assert encoded.notes == ()
     assert tokenizer.decode(encoded.document.tokens_N).count(icons) == 3
-    (answer,) = learnt(tokenizer, messages, spelled=spelled)
+    (answer,) = trained(tokenizer, messages, spelled=spelled)
     assert answer.strip().removesuffix(END).removesuffix("</s>") == f"old {icons} stone"
 
 
@@ -535,7 +535,7 @@ def test_turns_that_a_template_leaves_out_are_noted_by_role(core):
         (CHATML, True), (MISTRAL, True),
     ],
 )  # fmt: skip
-def test_answers_that_are_learnt_without_an_end_are_noted(core, template, stops):
+def test_answers_that_are_trained_on_without_an_end_are_noted(core, template, stops):
     assert (NO_STOP in encode(tokenizer_of(core, template), FOUR).notes) == (not stops)
 
 

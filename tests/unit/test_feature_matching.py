@@ -176,20 +176,20 @@ def batch_of(store: Path, packing: bool = True, rows: int = 4) -> dict[str, torc
     st.integers(1, 9),
     st.integers(0, 5),
 )
-def test_anchors_are_followed_by_learnt_tokens_of_one_document(documents, length, every, seed):
-    """Rows of documents, each with a run of learnt tokens after its first token."""
+def test_anchors_are_followed_by_trained_tokens_of_one_document(documents, length, every, seed):
+    """Rows of documents, each with a run of trained tokens after its first token."""
     longest = max(sum(row) + len(row) for row in documents)
-    learnt: list[int] = []
+    trained: list[int] = []
     runs: list[range] = []
     for number, row in enumerate(documents):
         start = number * longest
         for run in row:
             runs.append(range(start, start + run))
-            learnt += runs[-1]
+            trained += runs[-1]
             start += run + 1
     batch = {
         "input_ids": torch.zeros(len(documents), longest, dtype=torch.int64),
-        "positions_T": torch.tensor(learnt),
+        "positions_T": torch.tensor(trained),
     }
     found = Anchors.drawn(batch, length=length, every=every, source=np.random.default_rng(seed))
     rows, columns = found.is_real_BK.nonzero(as_tuple=True)
@@ -407,7 +407,7 @@ def test_the_mean_gradient_of_a_batch_is_that_of_the_distance(store):
             distance = exact_distance(model, matching.network, batch, list(positions))
             exact[positions] = torch.autograd.grad(distance, parameters)
         output = model(**batch, **matched.inputs)
-        # As a mean: the surrogate is added to a sum over 17 learnt tokens.
+        # As a mean: the surrogate is added to a sum over 17 trained tokens.
         found = torch.autograd.grad(output.matching / 17, parameters)
         errors = [a - b for a, b in zip(found, exact[positions], strict=True)]
         size = sum(float((each**2).sum()) for each in exact[positions])

@@ -30,9 +30,9 @@ def test_every_story_continues_after_its_prompt(data):
 
 def test_the_start_is_not_trained_on_the_measured_prompts(data):
     measured = models.prompt_set(models.STORIES, data)
-    learnt = [prompt for prompt, _ in models.model_answers(data)]
-    assert len(learnt) == 300 - len(measured.prompts)
-    assert set(learnt).isdisjoint(measured.prompts)
+    trained = [prompt for prompt, _ in models.model_answers(data)]
+    assert len(trained) == 300 - len(measured.prompts)
+    assert set(trained).isdisjoint(measured.prompts)
 
 
 def test_a_text_is_cut_between_words_and_keeps_its_lines():
@@ -52,7 +52,7 @@ def tokenizer(tmp_path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_the_answer_is_learnt_without_its_end(tokenizer):
+def test_the_answer_is_trained_on_without_its_end(tokenizer):
     (document,) = models.documents(iter([("w10 w11", "w20 w21")]), tokenizer)
     assert document.tokens_N.tolist() == [1, 10, 11, 2, 3, 20, 21]
     assert document.labels_T.tolist() == [20, 21]

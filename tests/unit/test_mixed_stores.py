@@ -264,7 +264,7 @@ def test_a_split_without_trained_tokens_is_refused_by_its_folder(
 
     monkeypatch.setattr(TargetStore, "trained", without)
     targets = run.targets if mixes else str(folder / "answers")
-    with pytest.raises(ValueError, match=f"answers has no {split} token that is learnt"):
+    with pytest.raises(ValueError, match=f"answers has no {split} token to train on"):
         read(replace(run, targets=targets))
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dftserve.targets import conversation
 from dftserve.targets.document import Document
 from dftserve.targets.encoding import encode_text
-from dftserve.targets.principles import Principles, check_lengths, load_principles
+from dftserve.targets.principles import Principles, check_lengths, check_principles
 from dftserve.targets.teacher import Teacher
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -218,29 +218,15 @@ def test_invalid_arguments_are_refused(teacher):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("given", "message"),
     [
-        ("principles: [a", "not YAML"),
-        ("voices: {a: b}", "no 'principles'"),
-        ("- a", "no 'principles'"),
-        ("principles: [a]", "a text for each name"),
-        ("principles: {}", "one at least"),
-        ("principles: {a: ''}", "principles.a"),
-        ("principles: {a: 3}", "principles.a"),
-        ("principles: {1: b}", "the name 1"),
-        ("principles: {a: b}\nweight: {a: 1}", "the key 'weight'"),
+        (["a"], "a text for each name"),
+        ({}, "one at least"),
+        ({"a": ""}, "principles.a"),
+        ({"a": 3}, "principles.a"),
+        ({1: "b"}, "the name 1"),
     ],
 )
-def test_mistakes_in_a_file_of_principles_are_named(tmp_path, text, message):
-    path = tmp_path / "voices.yaml"
-    path.write_text(text)
+def test_mistakes_in_principles_are_named(given, message):
     with pytest.raises(ValueError, match=message):
-        load_principles(path)
-
-
-def test_principles_are_read_from_a_file(tmp_path):
-    path = tmp_path / "voices.yaml"
-    path.write_text("principles:\n  dry: Say it once.\n  warm: |\n    Say it kindly.\n")
-    assert load_principles(path) == {"dry": "Say it once.", "warm": "Say it kindly.\n"}
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_principles(tmp_path / "none.yaml")
+        check_principles(given, "principles")

@@ -1,4 +1,4 @@
-"""The figures of each token, from an engine's reports of its steps."""
+"""The statistics of each token, from an engine's reports of its steps."""
 
 from dftserve_vllm.request_context import PromptContext, RequestContext, Trace, current
 from hypothesis import given
@@ -15,7 +15,7 @@ figures = st.floats(0, 10, width=32)
 @st.composite
 def steps(draw):
     """A step: the row of `Snapshot.rows`, or None if it was lost; the number of tokens that it
-    produced; and the figures of each of these, None where it has none."""
+    produced; and the statistics of each of these, None where it has none."""
     produced = draw(st.integers(0, ROWS))
     waiting = [[0.0] * COLUMNS for _ in range(ROWS)]
     expected = []

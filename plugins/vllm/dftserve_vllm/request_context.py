@@ -46,10 +46,10 @@ class TraceBudget:
 
 @dataclass(eq=False)
 class Trace:
-    """The figures of each of a choice's tokens, in order."""
+    """The statistics of each of a choice's tokens, in order."""
 
     most: int
-    """Maximum number of this choice's tokens; figures of later tokens are dropped."""
+    """Maximum number of this choice's tokens; those of later tokens are dropped."""
     budget: TraceBudget = field(default_factory=TraceBudget)
     """Shared by all choices of the HTTP request, which may have many prompts."""
     columns: dict[str, list[float | None]] = field(
@@ -57,7 +57,7 @@ class Trace:
     )
 
     def add(self, row_X: Sequence[float] | None, tokens: int) -> None:
-        """Add the figures of a step's tokens.
+        """Add the statistics of a step's tokens.
 
         Args:
             row_X: the engine's report of the step; None if there is none.

@@ -96,7 +96,7 @@ class Forwarder:
         sends_all = bool(report.always.any())
         if not (rises or sends_all or any(map(_some_end, outputs.values()))):
             return
-        # It is not known which rows a fault left unchanged: no trace gets figures for this step.
+        # It is not known which rows a fault left unchanged: no trace gets statistics for this step.
         failed = {"failed": True} if "faults" in rises else {}
         row_of = {position: row for row, position in enumerate(report.positions.tolist())}
         position_of = model_runner_output.req_id_to_index
