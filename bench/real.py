@@ -197,13 +197,11 @@ class Checks:
     def _style(self, windows: Windows, prompt_T: NDArray, count: int) -> dict[str, Estimate]:
         style_TF = self._space.features(windows)
 
-        def distance(at: NDArray[np.intp]) -> float:
-            mmd2 = two_sample.mmd2(
-                style_TF[np.isin(prompt_T, at)], self._human_NF, self._space.sigma
-            )
-            return float(np.sqrt(max(0.0, mmd2)))
+        def squared(at: NDArray[np.intp]) -> float:
+            chosen_T = np.isin(prompt_T, at)
+            return two_sample.mmd2(style_TF[chosen_T], self._human_NF, self._space.sigma)
 
-        return {"style": jackknife(count, distance)}
+        return {"style": two_sample.rooted(jackknife(count, squared))}
 
 
 def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:

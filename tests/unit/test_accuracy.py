@@ -24,7 +24,7 @@ from dftserve.evaluate.accuracy.parts import answers_name, folder_of
 from dftserve.evaluate.accuracy.run import Job
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
-from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics.intervals import Estimate, wilson
 from dftserve.openai_client import ServerError
 from tests.local_server import model_server
 
@@ -82,6 +82,18 @@ def test_pairs_show_a_difference_that_unpaired_intervals_hide():
     assert bounds(high.accuracy)[1] > low.accuracy.value  # Unpaired, it could be chance.
     assert bounds(high.difference)[1] < 0
     assert high.p == pytest.approx(2 * 0.5**10)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("right", [True, False])
+def test_levels_without_a_differing_question_can_differ(right, samples):
+    """Where the share of questions that differ is .16, none of 20 differs in 3 %, so that the
+    levels can differ by as much; and all of 20 can be right where .84 are."""
+    same = answered(*[(right,) * samples] * 20)
+    low, high = compare("t", {0.0: same, 1.0: same}).levels
+    reach = bounds(wilson(0, 20))[1]
+    assert high.difference == Estimate(0.0, -reach, reach)
+    assert low.accuracy == high.accuracy == wilson(20 * right, 20)
 
 
 def test_several_answers_count_as_one_question():

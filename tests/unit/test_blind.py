@@ -373,8 +373,21 @@ def test_a_judge_who_gives_most_judgments_causes_a_warning(tmp_path):
     file = tmp_path / "blind.html.key.json"
     three = answers(tmp_path, key, rows[:3], judge="a")
     assert any("judge a gave 3 of 3" in each for each in verdict([three], file).warnings)
-    half = answers(tmp_path, key, rows[:3], judge="b")
+    half = answers(tmp_path, key, rows[3:6], judge="b")
     assert len(verdict([three, half], file).warnings) == 1  # Too few judgments.
+
+
+def test_trials_that_several_people_judged_cause_a_warning(tmp_path):
+    """Whether a text is chosen depends on the text, so judgments of one pair are alike: of 30
+    trials, 8 judges and shares of the trials that vary by .2 around 1/2, p is below .05 in 16 %."""
+    _, data, key = make_page(tmp_path)
+    rows = [(trial["id"], True) for trial in data["trials"]]
+    file = tmp_path / "blind.html.key.json"
+    first, second = (answers(tmp_path, key, rows[:3], judge=judge) for judge in "ab")
+    found = verdict([first, second], file).warnings
+    assert any("6 judgments of 3 trials" in each for each in found)
+    other = answers(tmp_path, key, rows[3:6], judge="b")
+    assert not any("judgments of" in each for each in verdict([first, other], file).warnings)
 
 
 def test_foreign_repeated_and_invalid_answers_are_refused(tmp_path):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dftserve.evaluate.metrics import two_sample
+from dftserve.evaluate.metrics.intervals import jackknife
 from dftserve.evaluate.text.tokenize import normalise, tokens, window
 
 SEEDS = range(100)
@@ -335,3 +336,17 @@ def test_groups_that_cannot_be_permuted_are_refused(groups, message):
     x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
     with pytest.raises(ValueError, match=message):
         two_sample.mmd_test(x, y, 1.0, groups=groups)
+
+
+def test_a_distance_of_0_has_an_interval():
+    """The roots of numbers below 0 are all 0, and their jackknife would be [0, 0]."""
+    x, y = normal(3, 40), normal(4, 40)
+    squared = jackknife(40, lambda at: two_sample.mmd2(x[at], y, 1.3))
+    found = two_sample.rooted(squared)
+    assert squared.value < 0 < squared.high
+    assert max(squared.left_out) < 0.01
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx(math.sqrt(squared.high))
+    apart = two_sample.rooted(jackknife(40, lambda at: two_sample.mmd2(x[at], y + 2, 1.3)))
+    assert 0 < apart.low < apart.value < apart.high
+    assert len(apart.left_out) == 10

@@ -1,6 +1,7 @@
 """Phrases typical of models: matched like a regular expression, and more frequent in model text."""
 
 import json
+import math
 import random
 import re
 import time
@@ -293,3 +294,11 @@ def test_answers_to_one_prompt_are_one_unit():
     ):
         wanted = pytest.approx((one.value, one.low, one.high))
         assert (of_eight.value, of_eight.low, of_eight.high) == wanted
+
+
+def test_a_rate_without_any_phrase_can_be_above_0():
+    """Up to the rate at which no phrase is found with a probability of 2.5 %."""
+    texts = ["one two three four"] * 250
+    for found in (slop.rate(texts, slop.Phrases.of(["tapestry"])), slop.contrast_rate(texts)):
+        assert (found.value, found.low) == (0, 0)
+        assert math.exp(-found.high) == pytest.approx(0.025)

@@ -19,7 +19,8 @@ from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.compare import compare as compare_accuracy
 from dftserve.evaluate.accuracy.report import read as read_accuracy
 from dftserve.evaluate.generate.prompts import Prompt
-from dftserve.evaluate.metrics.intervals import Estimate
+from dftserve.evaluate.metrics import lexical, suite
+from dftserve.evaluate.metrics.intervals import Estimate, tenths
 from dftserve.evaluate.metrics.slop import Phrases, read_phrases
 from dftserve.evaluate.metrics.suite import MEASURES, _clipped
 from dftserve.evaluate.report.compare import compare
@@ -27,7 +28,8 @@ from dftserve.evaluate.report.figures import Accuracy, figures
 from dftserve.evaluate.report.html import as_html, as_text
 from dftserve.evaluate.run import Answer, Instruments, RequestGrid, StyleSpace, assess, server
 from dftserve.evaluate.text.thinking import CUT_NOTE
-from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample
+from dftserve.evaluate.text.tokenize import tokens
+from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from tests.texts import human_like
 
 TEXTS = 24
@@ -86,6 +88,26 @@ def test_every_measure_has_an_interval_and_a_human_value(result):
                 assert value.low <= value.value + 1e-9, name
                 assert value.value <= value.high + 1e-9, name
     assert set(result.human.measures) <= set(MEASURES)
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic"),
+    [("self_bleu", lexical.self_bleu), ("self_repetition", lexical.self_repetition)],
+)
+def test_a_text_that_is_left_out_is_no_reference_either(instruments, name, statistic):
+    """With it as a reference, the interval would be half as wide: each text is compared with all
+    others, and is also what the others are compared with."""
+    people = human_like(TEXTS, seed=7)
+    texts = Windows.of([Sample(text, f"prompt {i // 3}") for i, text in enumerate(people)])
+    found = suite.measure(texts, Windows.of(map(Sample, people)), instruments)[name]
+    tokens_T = [tokens(text) for text in texts.texts]
+    part_T = tenths(TEXTS, texts.groups)
+    wanted = [
+        statistic([own for own, its in zip(tokens_T, part_T, strict=True) if its != part])
+        for part in range(TEXTS // 3)
+    ]
+    assert found.left_out == pytest.approx(wanted)
+    assert found.value == pytest.approx(statistic(tokens_T))
 
 
 def test_no_interval_leaves_the_range_of_its_measure(result):
@@ -277,6 +299,19 @@ def test_a_paired_interval_is_narrower_than_that_of_one_model(anchors, instrumen
     ]
     row = compare(*paths).levels[0][1][0]
     assert row.difference.high - row.difference.low < row.a.high - row.a.low
+
+
+def test_the_interval_of_a_difference_of_scores_is_that_of_as_many_texts(result, tmp_path):
+    """If one run scores the same in each resample, it is the interval of the other."""
+    first = write(result, tmp_path / "a.json")
+    given = json.loads(first.read_text())
+    for level in given["levels"]:
+        level["side"]["score"]["drawn"] = [0.0] * len(level["side"]["score"]["drawn"])
+        level["side"]["score"]["sds"]["value"] = 0.0
+    (tmp_path / "b.json").write_text(json.dumps(given))
+    for _, rows in compare(tmp_path / "b.json", first).levels:
+        score = rows[0]
+        assert ends(score.difference) == pytest.approx(ends(score.b), abs=0.01)
 
 
 def test_runs_that_left_out_different_prompts_are_not_paired(result, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dftserve.evaluate.metrics.intervals import wilson
 from dftserve.evaluate.preference.judge import (
     RUBRIC,
     Judge,
@@ -177,6 +178,8 @@ def test_the_interval_treats_prompts_as_independent_and_not_pairs():
     many = score([Pair(f"p{i}", "s", "h") for i in range(20)], verdicts, NEVER)
     spread = 100 * np.sqrt(0.25 / 20)
     assert many.jmq.high - many.jmq.low == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    won = score([Pair(f"p{i}", "s", "h") for i in range(20)], [("A", "B")] * 20, NEVER)
+    assert won.jmq.low == pytest.approx(100 * wilson(20, 20).low)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dftserve.evaluate.accuracy.grade import CUT, UNREADABLE
 from dftserve.evaluate.metrics import intervals
@@ -39,13 +40,13 @@ class Level:
     questions: int
     accuracy: Estimate
     """Of all answers; unreadable and cut ones count as wrong. The interval is Wilson's (1927) if
-    there is one answer per question, otherwise a bootstrap over questions."""
+    there is one answer per question, otherwise `intervals.mean_share` over questions."""
     unreadable: float
     """Share of the answers in which no letter, number or function was found."""
     cut: float
     """Share of the answers that ran out of tokens while still thinking."""
     difference: Estimate | None
-    """From the level or the model that it is compared with, by bootstrap over questions."""
+    """From the level or the model that it is compared with (`_difference`)."""
     p: float | None
     """McNemar's exact p for no difference; None if questions have several answers, which are not
     independent."""
@@ -121,15 +122,24 @@ def level_of(
     if once:
         accuracy = intervals.wilson(int(share_Q.sum()), len(share_Q))
     else:
-        accuracy = intervals.mean(share_Q)
+        accuracy = intervals.mean_share(share_Q)
     judged = [each for question in answered for each in question.judged]
     unreadable, cut = (judged.count(state) / max(1, len(judged)) for state in (UNREADABLE, CUT))
     difference = p = None
     if base is not None:
         base_Q = np.array([np.mean(each.right) for each in base])
-        difference = intervals.paired_difference(base_Q, share_Q)
+        difference = _difference(base_Q, share_Q)
         p = intervals.mcnemar(base_Q, share_Q) if once else None
     return Level(diversity, len(answered), accuracy, unreadable, cut, difference, p)
+
+
+def _difference(base_Q: NDArray, share_Q: NDArray) -> Estimate:
+    """The difference by bootstrap over questions. If no question differs, no resample does: the
+    interval is then as wide as the share of questions that can differ, by Wilson's interval."""
+    if np.array_equal(base_Q, share_Q):
+        reach = intervals.wilson(0, len(base_Q)).high or 0.0
+        return Estimate(0.0, -reach, reach)
+    return intervals.paired_difference(base_Q, share_Q)
 
 
 def points(estimate: Estimate) -> str:

@@ -291,7 +291,7 @@ def _pass_at_k(answers: Mapping[float, Sequence[Answered]], samples: int) -> lis
             "diversity": level,
             "k": k,
             **asdict(
-                intervals.mean(
+                intervals.mean_share(
                     [humaneval.pass_at_k(samples, sum(each.right), k) for each in answered]
                 )
             ),

@@ -1,6 +1,7 @@
 """Confidence intervals and significance tests that the metrics share."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +25,8 @@ class Estimate:
     low: float | None
     high: float | None
     left_out: tuple[float, ...] = field(default=(), repr=False)
-    """The value without each tenth of the texts, if the interval was computed from these."""
+    """The value without each tenth of the texts (`as_equal`), if the interval was computed from
+    these."""
     parts: str = field(default="", repr=False)
     """`parts_of` the texts behind `left_out`, by which pairs are recognised; "": the caller ensures
     that estimates are paired."""
@@ -36,7 +38,7 @@ class Estimate:
 
 
 def mean(values_N: ArrayLike, *, groups: Sequence[str] = ()) -> Estimate:
-    """The mean and its percentile bootstrap interval over the N units, or their groups (`summed`).
+    """The mean and its bootstrap interval (`estimate`) over N units, or their groups (`summed`).
 
     Raises:
         ValueError: no values, or not one group per value.
@@ -64,7 +66,7 @@ def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
     Raises:
         ValueError: not one group per row.
     """
-    if not groups or (len(set(groups)) == 1 and groups[0]):
+    if not has_several(groups):
         return rows_NC
     if len(groups) != len(rows_NC):
         raise ValueError(f"groups: got {len(groups)}; accepted: one for each of {len(rows_NC)}.")
@@ -72,6 +74,11 @@ def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
     sums_GC = np.zeros((group_N.max() + 1, *rows_NC.shape[1:]))
     np.add.at(sums_GC, group_N, rows_NC)
     return sums_GC
+
+
+def has_several(groups: Sequence[str]) -> bool:
+    """Whether there are two groups or more, of which each "" is one."""
+    return "" in groups or len(set(groups)) > 1
 
 
 def group_numbers(groups: Sequence[str]) -> NDArray[np.intp]:
@@ -111,7 +118,7 @@ def over_units(units: NDArray, statistic: Callable[[NDArray, NDArray], float]) -
     if count == 1:
         return Estimate(value, None, None)
     drawn_D = np.array([statistic(weights_N, units) for weights_N in resamples(count)])
-    return estimate(value, drawn_D)
+    return estimate(value, drawn_D, count)
 
 
 def resamples(count: int) -> NDArray[np.float64]:
@@ -121,12 +128,21 @@ def resamples(count: int) -> NDArray[np.float64]:
     return np.random.default_rng(0).multinomial(count, shares, size=DRAWS).astype(float)
 
 
-def estimate(value: float, drawn_D: NDArray) -> Estimate:
-    """The percentile interval of a statistic's resamples, those without a finite value left out."""
+def estimate(value: float, drawn_D: NDArray, units: int) -> Estimate:
+    """The expanded percentile interval of a statistic's resamples of `units` units, two or more;
+    those without a finite value are left out.
+
+    The variance of a resample is (n − 1)/n of what it estimates, and the normal distribution has
+    shorter tails than Student's; the quantiles are further out by both (Hesterberg 2015, The
+    American Statistician 69, section 5.2). Of the intervals of a mean of 5 normal values, 93 %
+    contain the truth (85 % without), of 10, 95 % (91 %).
+    """
     drawn_D = drawn_D[np.isfinite(drawn_D)]
     if not len(drawn_D):
         return Estimate(value, None, None)
-    low, high = np.quantile(drawn_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    outside = stats.t.ppf((1 - LEVEL) / 2, units - 1) * np.sqrt(units / (units - 1))
+    tail = float(stats.norm.cdf(outside))
+    low, high = np.quantile(drawn_D, [tail, 1 - tail])
     return Estimate(value, float(low), float(high))
 
 
@@ -138,6 +154,24 @@ def mcnemar(right_a_N: ArrayLike, right_b_N: ArrayLike) -> float:
     if only_a + only_b == 0:
         return 1.0
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+NONE_SEEN = -math.log((1 - LEVEL) / 2)
+"""The upper end of the interval of a Poisson mean if the count is 0 (Garwood 1936): 3.69. No
+resample of such counts has another mean than 0."""
+
+
+def mean_share(values_N: ArrayLike) -> Estimate:
+    """The `mean` of N shares (`or_wilson`)."""
+    return or_wilson(mean(values_N), np.size(values_N))
+
+
+def or_wilson(found: Estimate, units: int) -> Estimate:
+    """The mean of the shares of some units; if all are 0 or all are 1, with Wilson's interval, in
+    which each unit counts once: no resample differs from the mean, whose interval has no width."""
+    if found.value in (0, 1) and units > 1:
+        return wilson(int(found.value) * units, units)
+    return found
 
 
 def wilson(right: int, count: int) -> Estimate:
@@ -152,40 +186,67 @@ def wilson(right: int, count: int) -> Estimate:
     return Estimate(right / count, float(ends.low), float(ends.high))
 
 
-GROUPS = 10
+PARTS = 10
 """Parts into which the jackknife divides a set."""
 
 
-def jackknife(count: int, statistic: Callable[[NDArray[np.intp]], float]) -> Estimate:
+def jackknife(
+    count: int, statistic: Callable[[NDArray[np.intp]], float], *, groups: Sequence[str] = ()
+) -> Estimate:
     """`statistic(indices)` of all N texts, and its interval by leaving out a tenth at a time
     (Tukey 1958), with Student's quantiles.
 
     For statistics of a whole set: a bootstrap resample would contain a text twice, which measures
-    of repetition count as repetition. A tenth is a run of consecutive texts, so that the answers to
-    one prompt are left out together.
+    of repetition count as repetition. `statistic` must depend on no text that is left out.
+
+    Args:
+        groups: as in `tenths`.
 
     Raises:
-        ValueError: fewer than two texts.
+        ValueError: fewer than two texts, or not one group per text.
     """
-    tenth_N = tenths(count)
-    groups = range(tenth_N[-1] + 1)
+    part_N = tenths(count, groups)
     value = float(statistic(np.arange(count)))
-    left_out = [float(statistic(np.flatnonzero(tenth_N != group))) for group in groups]
-    return from_left_out(value, left_out)
+    sizes_P = np.bincount(part_N)
+    left_out_P = [statistic(np.flatnonzero(part_N != part)) for part in range(len(sizes_P))]
+    return from_left_out(value, as_equal(value, np.array(left_out_P, float), sizes_P))
 
 
-def tenths(count: int) -> NDArray[np.intp]:
-    """The tenth that each of N texts is in, from 0; with fewer than ten, each is its own part."""
+def as_equal(value: float, left_out_P: NDArray, sizes_P: NDArray) -> list[float]:
+    """The value without each part as if the parts were equally large, so that the pseudo-values are
+    those of a jackknife with unequal parts (Busing, Meijer and van der Leeden 1999, Statistics and
+    Computing 9). Otherwise a statistic that depends on the number of texts, as the share of
+    different words does, would seem to vary because more texts are left out with one part than with
+    another."""
+    times_P = (sizes_P.sum() / sizes_P - 1) / (len(sizes_P) - 1)
+    return (value + times_P * (left_out_P - value)).tolist()
+
+
+def tenths(count: int, groups: Sequence[str] = ()) -> NDArray[np.intp]:
+    """The tenth that each of N texts is in, from 0; with fewer than ten, each is its own part.
+
+    Args:
+        groups: the group of each text, such as the prompt that it answers. Its texts, which are not
+            independent, are in one tenth, and with fewer than ten groups each group is a part. A
+            text with the group "" is a group of its own; so is every text if no groups are given,
+            or there is only one, or one has all texts but one.
+    """
     if count < 2:
         raise ValueError(f"texts: got {count}; accepted: at least 2.")
-    return np.arange(count) * min(GROUPS, count) // count
+    if groups and len(groups) != count:
+        raise ValueError(f"groups: got {len(groups)}; accepted: one for each of {count}.")
+    group_N = group_numbers(groups) if has_several(groups) else np.arange(count)
+    if count - np.bincount(group_N).max() < 2:  # Without that group, no two texts are left.
+        group_N = np.arange(count)
+    several = int(group_N.max()) + 1
+    return group_N * min(PARTS, several) // several
 
 
 def parts_of(prompts: Sequence[str]) -> str:
     """A digest of the tenth and the prompt of each text of a set. The jackknife leaves out the
     answers to the same prompts in all sets with the same digest."""
-    tenth_N = tenths(len(prompts)).tolist()
-    return text_digest(json.dumps(list(zip(tenth_N, prompts, strict=True))))[:PARTS_DIGITS]
+    part_N = tenths(len(prompts), prompts).tolist()
+    return text_digest(json.dumps(list(zip(part_N, prompts, strict=True))))[:PARTS_DIGITS]
 
 
 def from_left_out(value: float, left_out: Sequence[float]) -> Estimate:
@@ -203,13 +264,16 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
     """b − a of two runs.
 
     Paired if both come from `jackknife` with the answers to the same prompts left out (`parts`);
-    otherwise treated as independent, which widens the interval. The interval is unknown if one of
+    otherwise treated as independent, which widens the interval. Each end of it is then as far away
+    as the ends that it depends on are from their values together, since an interval can be longer
+    on one side (Zou and Donner 2008, Statistics in Medicine 27). The interval is unknown if one of
     them has none.
     """
     value = b.value - a.value
     if a.left_out and len(a.left_out) == len(b.left_out) and a.parts == b.parts:
         return from_left_out(value, [y - x for x, y in zip(a.left_out, b.left_out, strict=True)])
-    if None in (a.low, a.high, b.low, b.high):
+    if a.low is None or a.high is None or b.low is None or b.high is None:
         return Estimate(value, None, None)
-    reach = float(np.hypot(*((each.high - each.low) / 2 for each in (a, b))))  # type: ignore[operator]
-    return Estimate(value, value - reach, value + reach)
+    below = float(np.hypot(b.value - b.low, a.high - a.value))
+    above = float(np.hypot(b.high - b.value, a.value - a.low))
+    return Estimate(value, value - below, value + above)

@@ -132,7 +132,8 @@ def score(texts: Windows, reference: SDSReference) -> Score:
     here = _parts(observed.spread(np.ones((1, observed.units))), human)
     drawn = _parts(observed.spread(resamples(observed.units)), human)
     sds, variety, wording, coherence = (
-        estimate(float(value[0]), draws_D) for value, draws_D in zip(here, drawn, strict=True)
+        estimate(float(value[0]), draws_D, observed.units)
+        for value, draws_D in zip(here, drawn, strict=True)
     )
     scores = tuple(round(float(draw), 3) for draw in drawn[0])
     return Score(sds, variety, wording, coherence, len(texts), texts.short, by_prompt, scores)

@@ -14,9 +14,11 @@ from scipy.spatial.distance import pdist, squareform
 
 from dftserve.evaluate.metrics import lexical, slop, two_sample
 from dftserve.evaluate.metrics.intervals import (
-    GROUPS,
+    PARTS,
     Estimate,
+    as_equal,
     from_left_out,
+    has_several,
     jackknife,
     mean,
     parts_of,
@@ -167,7 +169,7 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * space.sigma**2))
     found = {
         **_distances(style_TF, human_TF, groups, space.sigma, "style"),
-        **_frequencies(tokens_T, [tokens(text) for text in human.texts]),
+        **_frequencies(texts, tokens_T, [tokens(text) for text in human.texts]),
         "slop": slop.rate(texts.texts, instruments.phrases, texts.groups),
         "contrast": slop.contrast_rate(texts.texts, texts.groups),
         **_wording(texts, tokens_T),
@@ -203,7 +205,7 @@ def _clipped(found: Estimate, measure: Measure) -> Estimate:
 
 
 def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> Estimate:
-    return jackknife(len(texts), statistic)
+    return jackknife(len(texts), statistic, groups=texts.groups)
 
 
 def _distances(
@@ -211,24 +213,23 @@ def _distances(
 ) -> dict[str, Estimate]:
     """`groups`: of the texts, then of the human ones. If a side has only one prompt, there is
     nothing to permute and no fold to test a classifier on: p and AUC are then left out."""
-    mmd = jackknife(len(x_TF), lambda at: _root(two_sample.mmd2(x_TF[at], human_TF, sigma)))
-    found = {f"mmd_{space}": mmd}
     sides = groups[: len(x_TF)], groups[len(x_TF) :]
-    if all("" in side or len(set(side)) > 1 for side in sides):
+    squared = jackknife(
+        len(x_TF), lambda at: two_sample.mmd2(x_TF[at], human_TF, sigma), groups=sides[0]
+    )
+    found = {f"mmd_{space}": two_sample.rooted(squared)}
+    if all(map(has_several, sides)):
         test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=groups)
         found[f"mmd_{space}_p"] = Estimate(test.p, None, None)
         found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=groups)
     return found
 
 
-def _root(mmd2: float) -> float:
-    return float(np.sqrt(max(0.0, mmd2)))
-
-
 def _frequencies(
-    tokens_T: Sequence[Sequence[str]], human_T: Sequence[Sequence[str]]
+    texts: Windows, tokens_T: Sequence[Sequence[str]], human_T: Sequence[Sequence[str]]
 ) -> dict[str, Estimate]:
-    parts_T = np.concatenate((tenths(len(tokens_T)), np.full(len(human_T), GROUPS)))
+    tenth_T = tenths(len(texts), texts.groups)
+    parts_T = np.concatenate((tenth_T, np.full(len(human_T), PARTS)))
     counts_KV = lexical.gram_counts([*tokens_T, *human_T], 1, parts_T)
     own_KV, human_V = counts_KV[:-1], counts_KV[-1]
 
@@ -239,15 +240,14 @@ def _frequencies(
 
 
 def _wording(texts: Windows, tokens_T: Sequence[Sequence[str]]) -> dict[str, Estimate]:
-    tenth_T = tenths(len(tokens_T))
+    tenth_T = tenths(len(texts), texts.groups)
     words_KV = lexical.gram_counts([words(text) for text in texts.texts], 1, tenth_T)
-    bleu_T, repetition_T = lexical.self_bleus(tokens_T), lexical.self_repetitions(tokens_T)
     return {
         "distinct_1": _without_each(words_KV, lexical.distinct),
         "distinct_3": _without_each(lexical.gram_counts(tokens_T, 3, tenth_T), lexical.distinct),
-        "self_bleu": _of_set(texts, lambda at: bleu_T[at].mean()),
+        "self_bleu": _of_set(texts, lambda at: lexical.self_bleu(_pick(tokens_T, at))),
         "compression": _of_set(texts, lambda at: lexical.compression_ratio(_pick(texts.texts, at))),
-        "self_repetition": _of_set(texts, lambda at: repetition_T[at].mean()),
+        "self_repetition": _of_set(texts, lambda at: lexical.self_repetition(_pick(tokens_T, at))),
         "zipf": _without_each(words_KV, lexical.zipf_slope),
     }
 
@@ -256,7 +256,9 @@ def _without_each(counts_KG: NDArray, statistic: Callable[[NDArray], float]) -> 
     """The jackknife of a statistic of counts; empty parts are ignored."""
     counts_KG = counts_KG[counts_KG.any(axis=1)]
     total_G = counts_KG.sum(axis=0)
-    return from_left_out(statistic(total_G), [statistic(total_G - part_G) for part_G in counts_KG])
+    value = statistic(total_G)
+    left_out_K = np.array([statistic(total_G - part_G) for part_G in counts_KG])
+    return from_left_out(value, as_equal(value, left_out_K, counts_KG.sum(axis=1)))
 
 
 def _pick(items: Sequence[T], at: NDArray[np.intp]) -> list[T]:

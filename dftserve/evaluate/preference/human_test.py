@@ -212,7 +212,7 @@ def verdict(
         needed=needed,
         left=sum(answer.answer == "left" for _, answer in given) / count,
         median_seconds=statistics.median(answer.seconds for _, answer in given),
-        warnings=tuple(_warnings(by_judge, needed)),
+        warnings=tuple(_warnings(by_judge, len({answer.trial for _, answer in given}), needed)),
     )
 
 
@@ -316,7 +316,11 @@ def _read(path: Path) -> object:
         raise ValueError(f"{path}: cannot be read ({error.strerror or 'nothing there'}).") from None
 
 
-def _warnings(by_judge: Counter[str], needed: int) -> list[str]:
+def _warnings(by_judge: Counter[str], trials: int, needed: int) -> list[str]:
+    """
+    Args:
+        trials: the number of trials that have an answer.
+    """
     count = by_judge.total()
     found = []
     judge, most = by_judge.most_common(1)[0]
@@ -324,6 +328,12 @@ def _warnings(by_judge: Counter[str], needed: int) -> list[str]:
         found.append(
             f"judge {judge} gave {most} of {count} judgments; one person's are not independent, so "
             "the p values are too small."
+        )
+    if trials < count:
+        found.append(
+            f"{count} judgments of {trials} trials; those of one trial are of the same two texts "
+            "and not independent, so the interval is too narrow and the p values are too small. "
+            "Show each trial to one person, with as many trials as judgments are needed."
         )
     if count < needed:
         found.append(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dftserve.bounded_files import read_text
 from dftserve.evaluate.generate.answers import AnswerStore
-from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson
+from dftserve.evaluate.metrics.intervals import Estimate, or_wilson, over_units, wilson
 from dftserve.evaluate.preference.pairs import Pair
 from dftserve.openai_client import Server, ask_all
 
@@ -224,7 +224,7 @@ def score(
         judge=judge.model,
         rubric=hashlib.sha256(judge.rubric.encode()).hexdigest(),
         jmq=_mean_percent(scored),
-        flips=Estimate(100 * flips.value, 100 * flips.low, 100 * flips.high),  # type: ignore[operator]
+        flips=_percent(flips),
         prompts=len({prompt for prompt, *_ in scored}),
         pairs=len(scored),
         wins=points.count(1.0),
@@ -244,17 +244,23 @@ def _points(first: str, second: str) -> float:
 
 
 def _mean_percent(scored: Sequence[tuple[str, float, bool]]) -> Estimate:
-    """The mean over pairs; its interval resamples prompts with all of their pairs."""
+    """The mean over pairs; its interval resamples prompts with all of their pairs (`or_wilson` if
+    one side won all)."""
     order = {prompt: index for index, prompt in enumerate(sorted({each[0] for each in scored}))}
     units_P2 = np.zeros((len(order), 2))
     for prompt, point, _ in scored:
-        units_P2[order[prompt]] += (100 * point, 1)
+        units_P2[order[prompt]] += (point, 1)
 
     def mean(weights_P: NDArray, units_P2: NDArray) -> float:
         total, count = weights_P @ units_P2
         return float(total / count)
 
-    return over_units(units_P2, mean)
+    return _percent(or_wilson(over_units(units_P2, mean), len(order)))
+
+
+def _percent(share: Estimate) -> Estimate:
+    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
+    return Estimate(100 * share.value, low, high)
 
 
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────────

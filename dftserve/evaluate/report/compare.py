@@ -99,7 +99,9 @@ def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     return Comparison(
         a=first["model"],
         b=second["model"],
-        levels=tuple((x["diversity"], _rows(x, y, first["human"], names)) for x, y in shared),
+        levels=tuple(
+            (x["diversity"], _rows(x, y, first["human"], names, first["asked"])) for x, y in shared
+        ),
         slop_cut=tuple((at, None if PHRASES in differing else gap) for at, gap in gaps),
         notes=tuple(_notes(differing, first, second)),
     )
@@ -128,11 +130,13 @@ def _notes(differing: Sequence[str], first: Mapping, second: Mapping) -> Iterato
         )
 
 
-def _rows(a: Mapping, b: Mapping, human: Mapping, names: Sequence[str]) -> tuple[Row, ...]:
-    """`names`: the measures that can be compared."""
+def _rows(
+    a: Mapping, b: Mapping, human: Mapping, names: Sequence[str], asked: Mapping
+) -> tuple[Row, ...]:
+    """`names`: the measures that can be compared; `asked`: the settings of the requests."""
     scores = a["side"]["score"], b["side"]["score"], human["score"]
     return (
-        _score_row(*scores, paired=not (a["cut"] or b["cut"])),
+        _score_row(*scores, units=None if a["cut"] or b["cut"] else _units(scores[0], asked)),
         *(_part_row(title, *(score[name] for score in scores)) for name, title in PARTS.items()),
         *(
             _measure_row(name, a["side"]["measures"], b["side"]["measures"], human["measures"])
@@ -142,12 +146,19 @@ def _rows(a: Mapping, b: Mapping, human: Mapping, names: Sequence[str]) -> tuple
     )
 
 
-def _score_row(a: Mapping, b: Mapping, human: Mapping, *, paired: bool) -> Row:
-    """`paired`: both runs resample the same prompts or texts, which requires that none is cut."""
+def _units(score: Mapping, asked: Mapping) -> int:
+    """The number of prompts or texts that the bootstrap of a score resampled (`sds.score`)."""
+    prompts = asked["answers"] // asked["samples"]
+    return prompts if score["by_prompt"] and prompts > 1 else asked["answers"]
+
+
+def _score_row(a: Mapping, b: Mapping, human: Mapping, *, units: int | None) -> Row:
+    """`units`: the number of prompts or texts that both runs resample; None: not the same ones, as
+    when answers of one are cut."""
     first, second = _estimate(a["sds"]), _estimate(b["sds"])
     value = second.value - first.value
-    if paired and a["drawn"] and len(a["drawn"]) == len(b["drawn"]):
-        change = estimate(value, np.array(b["drawn"]) - np.array(a["drawn"]))
+    if units is not None and a["drawn"] and len(a["drawn"]) == len(b["drawn"]):
+        change = estimate(value, np.array(b["drawn"]) - np.array(a["drawn"]), units)
     else:
         change = difference(first, second)
     return Row("Style Diversity Score", first, second, change, human["sds"]["value"], 1)
