@@ -433,6 +433,16 @@ class _Worker:
         pass
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where pytest runs in a shell's background, which
+    ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_the_processes_start_is_not_lost(monkeypatch):
     """Even if another thread receives the signal."""
     is_over = threading.Event()
