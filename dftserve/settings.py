@@ -134,12 +134,13 @@ def parse_yaml(text: str, where: str) -> Any:
     """The content of a YAML text; `where` is the prefix of errors.
 
     Raises:
-        ValueError: not YAML, contains an alias, or is nested deeper than `DEEPEST` levels.
+        ValueError: not YAML, contains an alias or a key twice, or is nested deeper than `DEEPEST`
+            levels.
     """
     import yaml
 
     try:
-        problem = _size_problem(text)
+        problem = _size_problem(text) or _repeated_key(text)
         content = None if problem else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         # A tag that does not match its value, as in `!!bool maybe`, raises other errors.
@@ -166,6 +167,30 @@ def _size_problem(text: str) -> str | None:
             level -= 1
         if level > DEEPEST:
             return f"got more than {DEEPEST} levels of lists and keys; accepted: at most {DEEPEST}"
+    return None
+
+
+def _repeated_key(text: str) -> str | None:
+    """Describes a key that one mapping has twice, of which PyYAML would silently use the last
+    value; None if there is none. The document must have passed `_size_problem`."""
+    import yaml
+
+    waiting = [yaml.compose(text, yaml.SafeLoader)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        seen: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            waiting.append(value)
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                return f"got the key {_shown(key.value)} again in line {line}; accepted: each once"
+            seen.add((key.tag, key.value))
     return None
 
 

@@ -20,11 +20,14 @@ from dftserve.train.material import Material, some_rows
 from dftserve.train.prepare import Prepared, load_model
 from dftserve.train.profile import Profile, measure
 from dftserve.train.run_folder import targets_digest
-from dftserve.train.save import check_reloaded, nll
+from dftserve.train.save import check_reloaded, copy_companions, nll
 from dftserve.train.stores import NamedStore, source_of
 from dftserve.train.trainer import DFTTrainer
 
 ADAPTER = "adapter"
+SET_BY_TRAINER = ("use_cache", "pad_token_id")
+"""Settings of a model's config.json that the Trainer sets for its own steps, or to the tokenizer's.
+A tuned model without a cache answers slowly, and Youtu loses the embedding of a padding token."""
 PROFILE_TOKENS = 20_000
 
 
@@ -80,11 +83,26 @@ def finish(
         if config.lora is not None:
             model.save_pretrained(made / ADAPTER)
             model = model.merge_and_unload()
+        _restore(model.config, material.found.config)
         model.save_pretrained(made)
         material.tokenizer.save_pretrained(made)
+        copy_companions(material.found.folder, made)
         check_reloaded(made, trained, sample)
         checkpoint.describe(made, promised, run)
         checkpoint.seal(made)
+
+
+def _restore(config: Any, original: Any) -> None:
+    """Undo in a model's configuration what the Trainer set."""
+    for ours, theirs in (
+        (config, original),
+        (config.get_text_config(), original.get_text_config()),
+    ):
+        for name in SET_BY_TRAINER:
+            if hasattr(theirs, name):
+                setattr(ours, name, getattr(theirs, name))
+            elif hasattr(ours, name):
+                delattr(ours, name)
 
 
 def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:

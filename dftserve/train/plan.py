@@ -207,8 +207,14 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         optimizer_bytes=optimizer_bytes,
         activation_bytes=activations,
         head_bytes=2 * 4 * CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]),
-        disk_bytes=(config.keep + 1) * (whole + optimizer_bytes) + whole,
+        disk_bytes=_most_checkpoints(config) * (whole + optimizer_bytes) + whole,
     )
+
+
+def _most_checkpoints(config: TrainConfig) -> int:
+    """Checkpoints to resume from at one time: those kept and the one that is being written. With
+    `patience`, the best is kept in addition to the newest."""
+    return max(config.keep, 1 if config.patience is None else 2) + 1
 
 
 def _device_of(model: Any) -> str:

@@ -129,7 +129,7 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
     divergence = config.divergence.build(embeddings, config.seed)
     language_model = attach(model, divergence, name=found.name, tokens_N=material.text_N)
     if config.lora is not None:
-        model = adapted(model, config.lora, checkpointing=config.gradient_checkpointing)
+        model = adapted(language_model, config.lora, checkpointing=config.gradient_checkpointing)
     return Loaded(model, language_model)
 
 

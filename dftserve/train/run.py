@@ -107,7 +107,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
         with _as_save_error(trainer, output):
-            steps = trainer.state.global_step
+            steps = trainer.steps_of_weights
             finish(output / FINAL, config, whole, steps=steps, figures=figures)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL

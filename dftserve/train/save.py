@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dftserve import checkpoint, lm, pretrained
+from dftserve.bounded_files import read_bytes
+from dftserve.model_folder import LARGEST_TEXT
 from dftserve.train.data import model_inputs
 from dftserve.train.divergences import SFT, TargetRows
 from dftserve.train.head import head_loss
@@ -19,6 +21,17 @@ from dftserve.train.model import TARGET_NAMES
 
 SAME_NLL = 1e-3
 """Maximal difference in nats a token between a saved model and the trained one."""
+
+
+COMPANIONS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.model",
+    "video_preprocessor_config.json",
+)
+"""Files of a model's folder that neither the model nor the tokenizer saves, and that training does
+not change: without the first ones vLLM does not load a model that also reads images, and without
+the SentencePiece model llama.cpp does not convert Gemma to GGUF."""
 
 
 class SaveError(OSError):
@@ -50,6 +63,14 @@ def try_save(model: Any, tokenizer: Any, name: str) -> None:
                 f"{name} loads but cannot be saved, so its training would be lost: {reason}. "
                 "Correct the model's config.json, generation_config.json or tokenizer first."
             ) from error
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+    """Copy the `COMPANIONS` of a model's folder that `folder` does not have yet."""
+    for name in COMPANIONS:
+        if (base / name).exists() and not (folder / name).exists():
+            content = read_bytes(base / name, within=base, largest=LARGEST_TEXT)
+            (folder / name).write_bytes(content)
 
 
 @torch.no_grad()

@@ -89,6 +89,14 @@ class DFTTrainer(Trainer):
         self._seen = torch.zeros(2, len(SEEN), dtype=torch.float64, device=self.args.device)
         """Sums, and the number of tokens in each: a batch may have no anchor for continuations."""
 
+    @property
+    def steps_of_weights(self) -> int:
+        """Optimizer steps that led to the model's weights after `train`: with early stopping, those
+        of the best checkpoint, which has been loaded."""
+        state = self.state
+        best = state.best_global_step if self.args.load_best_model_at_end else None
+        return best or state.global_step
+
     # ── Loss ─────────────────────────────────────────────────────────────────────────────────────
 
     def _get_num_items_in_batch(

@@ -577,6 +577,24 @@ def test_invalid_yaml_is_reported_in_one_sentence(text):
         settings.parse_yaml(text, "w")
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("a: 1\nb: 2\na: 3", "a", 3),
+        ("a: {b: 1, c: {}, 'b': 2}", "b", 1),
+        ("- x\n- a: 1\n  b:\n    1: x\n    1: y", "1", 5),
+    ],
+)
+def test_a_key_that_a_mapping_has_twice_is_refused(text, key, line):
+    with pytest.raises(ValueError, match=f"^w: got the key '{key}' again in line {line}; "):
+        settings.parse_yaml(text, "w")
+
+
+def test_mappings_may_share_keys():
+    content = [{"a": 1, "b": {"a": 2}}, {"a": 3}]
+    assert settings.parse_yaml("- {a: 1, b: {a: 2}}\n- {a: 3}", "w") == content
+
+
 def test_weights_may_be_links_and_texts_may_not(tmp_path):
     """The content of a chat template gets into every prompt, and into what is saved."""
     model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"

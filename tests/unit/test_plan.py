@@ -66,6 +66,14 @@ def test_the_parts_of_memory_are_shown_and_sum_to_the_total(config):
     assert re.search(r"^memory +.*: process [\d.e+]+ [MG]iB, weights ", plan.shown(), re.MULTILINE)
 
 
+def test_disk_includes_the_best_checkpoint_beside_the_newest(config):
+    """With `patience`, keep 1 leaves two, and the next is written before one is deleted."""
+    early = replace(config, patience=2, evaluate_every=10)
+    disk = [plan_of(replace(early, keep=keep)).disk_bytes for keep in (1, 2)]
+    assert disk[0] == disk[1]
+    assert plan_of(replace(config, keep=1)).disk_bytes < disk[0]
+
+
 def test_gpu_memory_excludes_that_of_the_process(config, monkeypatch):
     monkeypatch.setattr(plans, "_device_of", lambda model: "cuda")
     assert plan_of(config).process_bytes == 0

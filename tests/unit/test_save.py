@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
+from dftserve import checkpoint
 from dftserve.targets.store import TargetStore
 from dftserve.train.adapters import modules_of
 from dftserve.train.config import LoraConfig, TrainConfig, load
@@ -110,6 +111,44 @@ def corrupting(save):
             save_file(weights, path, metadata={"format": "pt"})
 
     return save_and_corrupt
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_the_configuration_of_a_tuned_model_is_the_models_own(run, tmp_path, lora):
+    """The Trainer turns the cache off, and sets the padding token to the tokenizer's."""
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text()) | {"pad_token_id": None}
+    path.write_text(json.dumps(config))
+    assert config["use_cache"] is True
+    assert tokenizer().pad_token_id is not None
+    found = json.loads((train(replace(run, lora=lora)) / "config.json").read_text())
+    assert found == config
+
+
+def test_files_that_only_other_loaders_read_are_kept(run, tmp_path):
+    """vLLM reads the first of a model with images, and llama.cpp the last."""
+    given = {"preprocessor_config.json": b'{"size": 1}', "tokenizer.model": b"\x00pieces"}
+    for name, content in given.items():
+        (tmp_path / "base" / name).write_bytes(content)
+    final = train(run)
+    assert {name: (final / name).read_bytes() for name in given} == given
+    assert checkpoint.verify(final).beside == ()
+
+
+def test_modules_that_mamba_does_not_call_have_no_adapter(run, tmp_path):
+    """It reads the weight of `dt_proj` itself: an adapter there would silently learn nothing."""
+    sizes = {"vocab_size": SMALL["vocab_size"], "hidden_size": 32, "num_hidden_layers": 2}
+    ends = {name: SMALL[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = AutoModelForCausalLM.from_config(MambaConfig(**sizes, **ends, state_size=4))
+    model.save_pretrained(tmp_path / "mamba")
+    tokenizer().save_pretrained(tmp_path / "mamba")
+    config = replace(run, model=str(tmp_path / "mamba"), lora=LoraConfig(rank=2))
+    for name in ("out_proj", "dt_proj"):
+        with pytest.raises(ValueError, match=f"'{name}', which .* more of in_proj, x_proj\\.$"):
+            train(replace(config, lora=LoraConfig(modules=name)))
+    adapters = load_file(train(config) / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapters} == {"in_proj", "x_proj"}
+    assert all(bool(value.any()) for value in adapters.values()), "each of them is trained"
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])

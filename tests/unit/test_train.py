@@ -453,9 +453,10 @@ def test_the_best_checkpoint_is_final_if_the_last_is_worse(run, keep):
     final = train(config)
     last = max(Path(run.output).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     state = json.loads((last / "trainer_state.json").read_text())
-    figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
-    assert figures["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
+    made = json.loads((final / checkpoint.RUN).read_text())
+    assert made["figures"]["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
     assert state["best_global_step"] < 8, "the last was the best: nothing is shown"
+    assert made["steps"] == state["best_global_step"], "the steps that made these weights"
     assert Path(state["best_model_checkpoint"]).is_dir()
     assert last.name == "checkpoint-8", "a stopped run continues from the newest one"
 
