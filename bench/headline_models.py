@@ -168,7 +168,7 @@ def targets(folder: Path, way: Way, sides: Mapping[str, Sequence[Document]], tea
     if way.folds is not None:
         students = folder.with_name(f"{folder.name}-students")
         material = Material(tokenizer, sides, template=None, written_at=None, corpus={})
-        config = trained(teacher, DivergenceConfig(name="sft"), epochs=1, seed=0)
+        config = settings(teacher, DivergenceConfig(name="sft"), epochs=1, seed=0)
         train_folds(students, material, config, folds=way.folds, say=click.echo)
         named["students"] = str(students)
     chosen = recipes.load(name, named)
@@ -188,7 +188,7 @@ def tune(
     model: Path, output: Path, target_folder: Path, way: Way, *, epochs: int, seed: int
 ) -> Path:
     """Tune all weights, without LoRA."""
-    config = trained(model, way.divergence, epochs=epochs, seed=seed)
+    config = settings(model, way.divergence, epochs=epochs, seed=seed)
     return train(
         replace(
             config,
@@ -199,8 +199,8 @@ def tune(
     )
 
 
-def trained(model: Path, divergence: DivergenceConfig, *, epochs: int, seed: int) -> TrainConfig:
-    """The trainer's settings, without targets and output."""
+def settings(model: Path, divergence: DivergenceConfig, *, epochs: int, seed: int) -> TrainConfig:
+    """How each model is trained; targets and output are set by what trains it."""
     return TrainConfig(
         model=str(model),
         targets="",
