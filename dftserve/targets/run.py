@@ -622,20 +622,37 @@ def _in_processes(
 
 def _start(workers: Sequence[Any]) -> None:
     """Start workers that SIGINT does not reach: a terminal sends it to all processes, and the
-    parent ends the workers. One that the parent receives meanwhile takes effect when all have
-    started."""
+    parent ends the workers."""
+    with _signals_deferred():
+        # The workers inherit the mask. In the parent, another thread may receive the signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for worker in workers:
+                worker.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end: a worker whose start they interrupt would get
+    half of its arguments and print a traceback. Python allows this in the main thread only, which
+    is also the only one that they interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    # The workers inherit the mask. In the parent, another thread may receive the signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        for worker in workers:
-            worker.start()
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if received:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(received[0])
 
 
 def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:

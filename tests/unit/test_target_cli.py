@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -435,30 +436,43 @@ class _Worker:
 
 @pytest.fixture
 def interruptible():
-    """SIGINT raises KeyboardInterrupt, also where pytest runs in a shell's background, which
-    ignores the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT and SIGTERM raise, also where pytest runs in a shell's background, which ignores
+    SIGINT."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminate = signal.signal(signal.SIGTERM, run._exit_once)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_while_the_processes_start_is_not_lost(monkeypatch):
-    """Even if another thread receives the signal."""
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_while_the_processes_start_takes_effect_afterwards(monkeypatch, number, raised):
+    """Even if another thread receives it. A process whose start is interrupted prints a
+    traceback."""
     is_over = threading.Event()
     threading.Thread(target=is_over.wait, daemon=True).start()
     workers = [_Worker(queue.SimpleQueue()) for _ in range(2)]
     start = _Worker.start
-    monkeypatch.setattr(
-        _Worker, "start", lambda self: (os.kill(os.getpid(), signal.SIGINT), start(self))
-    )
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(_Worker, "start", lambda self: (os.kill(os.getpid(), number), start(self)))
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(raised):
         run._start(workers)
     is_over.set()
     assert all(worker.pid for worker in workers)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before[0]
+    # The first SIGTERM makes the process ignore further ones.
+    assert signal.getsignal(signal.SIGTERM) in (before[1], signal.SIG_IGN)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_processes_can_be_started_by_another_thread():
+    workers = [_Worker(queue.SimpleQueue()) for _ in range(2)]
+    with ThreadPoolExecutor() as threads:
+        threads.submit(run._start, workers).result()
+    assert all(worker.pid for worker in workers)
 
 
 def test_processes_that_have_built_all_end_by_themselves(monkeypatch):
