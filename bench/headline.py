@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,6 @@ def main(
     output: Path,
 ) -> None:
     models = models_in(folder, model, seeds)
-    places = {name: each.place for name, each in models.items()}
     if base_answers is not None:
         unpack(base_answers, models[BASE].answers)
     for name, each in models.items():
@@ -117,7 +117,7 @@ def main(
         for setting, found in by_setting(answers, MMLU).items()
     }
     likelihoods = {
-        source: likelihood(places, texts) for source, texts in human_texts(data_folder()).items()
+        source: likelihood(models, texts) for source, texts in human_texts(data_folder()).items()
     }
     document = {
         "what": "tuning of a collapsed model on stories by people; 95 % intervals",
@@ -300,10 +300,21 @@ def middle_of(text: str) -> str:
     return text[len(text) // 2 :][:BOOK_CHARACTERS]
 
 
-def likelihood(models: Mapping[str, Path], texts: Sequence[str]) -> dict[str, Any]:
+def nats_of(model: Model, texts: Sequence[str]) -> list[NDArray]:
+    """The nats of each text's tokens; kept beside the model's answers."""
+    key = sha256("\0".join(texts).encode()).hexdigest()[:12]
+    place = model.answers / f"nats-{key}.json"
+    if not place.exists():
+        scored = [nats_T.tolist() for nats_T in token_nats(model.place, texts)]
+        model.answers.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(place, json.dumps(scored))
+    return [np.array(nats_T) for nats_T in json.loads(place.read_text())]
+
+
+def likelihood(models: Mapping[str, Model], texts: Sequence[str]) -> dict[str, Any]:
     """Bits per byte and perplexity per token of the texts under each model, and the ratio of each
     to the start's. The models share a tokenizer, so their perplexities can be compared."""
-    scored = {name: token_nats(place, texts) for name, place in models.items()}
+    scored = {name: nats_of(model, texts) for name, model in models.items()}
     nats = {name: np.array([nats_T.sum() for nats_T in each]) for name, each in scored.items()}
     bytes_N = np.array([len(text.encode()) for text in texts])
     tokens_N = np.array([len(nats_T) for nats_T in scored[START]])

@@ -1,4 +1,5 @@
-"""bench/headline_models.py: training and measurement do not overlap, and the mean of weights."""
+"""bench/headline.py and its models: training and measurement do not overlap, the mean of weights,
+and kept likelihoods."""
 
 import importlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tiny_model import save_model, save_tokenizer
 
+headline = importlib.import_module("headline")
 models = importlib.import_module("headline_models")
 
 
@@ -77,3 +79,19 @@ def test_mean_of_averages_the_weights(tmp_path, tokenizer):
     for name, weight in found.items():
         np.testing.assert_allclose(weight, 2 * one[name], rtol=0.01, err_msg=name)
     assert Path(mean, "tokenizer.json").exists()
+
+
+def test_likelihoods_are_computed_once_for_the_same_texts(tmp_path, tokenizer, monkeypatch):
+    save_model(tmp_path, 64)
+    tokenizer.save_pretrained(tmp_path)
+    model = headline.Model(tmp_path, tmp_path / "answers", {})
+    texts = ["w10 w11 w12", "w20 w21"]
+    found = headline.nats_of(model, texts)
+    assert [len(nats_T) for nats_T in found] == [3, 2]
+    for nats_T, expected_T in zip(found, headline.token_nats(tmp_path, texts), strict=True):
+        np.testing.assert_array_equal(nats_T, expected_T)
+    other = headline.nats_of(model, texts[:1])
+    monkeypatch.delattr(headline, "token_nats")
+    for nats_T, again_T in zip(found, headline.nats_of(model, texts), strict=True):
+        np.testing.assert_array_equal(nats_T, again_T)
+    assert len(other) == 1
