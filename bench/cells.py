@@ -1,4 +1,4 @@
-"""Tables in Markdown, and their cells: figures with their intervals, from the results."""
+"""Tables in Markdown, and their cells: values with their intervals, from the results."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -324,7 +324,7 @@ def trained(
     trainer.train()
     losses = [line["divergence"] for line in trainer.state.log_history if "divergence" in line]
     language_model.model.eval()
-    finish(folder / FINAL, config, prepared, steps=STEPS, figures={})
+    finish(folder / FINAL, config, prepared, steps=STEPS, metrics={})
     again = AutoModelForCausalLM.from_pretrained(folder / FINAL, dtype=torch.float32).eval()
     with torch.no_grad():
         # Without a cache, as in training: some families do not support one for so few layers.

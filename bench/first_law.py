@@ -486,21 +486,21 @@ def gain_at(
     return float(np.interp(validity, known, height, right=math.nan)) - diversity
 
 
-def curve(figures: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def curve(results: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """validity_PB and diversity_PB of a family's settings."""
-    return np.stack([f["validity"] for f in figures]), np.stack([f["diversity"] for f in figures])
+    return np.stack([f["validity"] for f in results]), np.stack([f["diversity"] for f in results])
 
 
 def lead_interval(
-    figures: Sequence[Mapping[str, np.ndarray]], others: Sequence[Mapping[str, np.ndarray]]
+    results: Sequence[Mapping[str, np.ndarray]], others: Sequence[Mapping[str, np.ndarray]]
 ) -> Interval | None:
     """The lead of one family's curve over another's; None if they share no validity."""
-    leads_B = _leads(figures, others)
+    leads_B = _leads(results, others)
     return None if math.isnan(leads_B[0]) else Interval.of(leads_B[~np.isnan(leads_B)])
 
 
-def _leads(figures, others) -> np.ndarray:
-    columns = zip(*(values_PB.T for values_PB in (*curve(figures), *curve(others))), strict=True)
+def _leads(results, others) -> np.ndarray:
+    columns = zip(*(values_PB.T for values_PB in (*curve(results), *curve(others))), strict=True)
     return np.array([lead(*column) for column in columns])
 
 
@@ -508,7 +508,7 @@ def _leads(figures, others) -> np.ndarray:
 
 
 class Measurements:
-    """Figures by (stage, split, setting), each sampled once."""
+    """Results by (stage, split, setting), each sampled once."""
 
     def __init__(self, writers: Sequence[Writer], sequences: Mapping[str, int]) -> None:
         self.writers = writers
@@ -559,12 +559,12 @@ def attempt(measured: Measurements, candidate: str, settings: Sequence[Setting])
     for writer in measured.writers:
         reference = measured.all(writer, "dev", [fixed(*pair) for pair in REFERENCE])
         plain = measured(writer, "dev", stock())
-        figures = measured.all(writer, "dev", settings)
-        leads.append(_leads(figures, reference))
-        points[writer.stage] = np.round(np.array(curve(figures))[:, :, 0].T, 4).tolist()
-        distinct = [f["distinct_valid"][0] for f in figures]
+        results = measured.all(writer, "dev", settings)
+        leads.append(_leads(results, reference))
+        points[writer.stage] = np.round(np.array(curve(results))[:, :, 0].T, 4).tolist()
+        distinct = [f["distinct_valid"][0] for f in results]
         admissible &= min(distinct) > plain["distinct_valid"][0]
-        admissible &= bool(figures[-1]["diversity"][0] >= plain["diversity"][0])
+        admissible &= bool(results[-1]["diversity"][0] >= plain["diversity"][0])
     return Trial(candidate, np.mean(leads, axis=0), bool(admissible), points)
 
 
@@ -635,10 +635,10 @@ def families(
     return compared
 
 
-def claims(figures: Mapping[str, list[dict]]) -> dict:
+def claims(results: Mapping[str, list[dict]]) -> dict:
     """The two claims for one stage, each with the numbers that it is based on."""
-    plain, law = figures["stock"][0], figures["gated"]
-    nucleus = figures["top-p"][TOP_PS.index(0.95)]
+    plain, law = results["stock"][0], results["gated"]
+    nucleus = results["top-p"][TOP_PS.index(0.95)]
     more_distinct = {
         f"{level:g}": Interval.of(f["distinct_valid"] - plain["distinct_valid"])
         for level, f in zip(LEVELS, law, strict=True)
@@ -713,23 +713,23 @@ def row(estimates: Mapping[str, float]) -> str:
 
 
 def table(
-    stage: str, compared: Mapping[str, list[Setting]], figures: Mapping[str, list[dict]]
+    stage: str, compared: Mapping[str, list[Setting]], results: Mapping[str, list[dict]]
 ) -> None:
     print(f"\n{stage}: {'':67}{''.join(f'{HEADINGS[name]:>10}' for name in METRICS)}")
     for family, settings in compared.items():
-        for setting, values in zip(settings, figures[family], strict=True):
+        for setting, values in zip(settings, results[family], strict=True):
             estimates = {name: float(values_B[0]) for name, values_B in values.items()}
             print(f"{family:28}{setting.label:52}{row(estimates)}")
 
 
 def confirm(measured: Measurements, compared: Mapping[str, list[Setting]]) -> dict[str, dict]:
-    """By stage: every setting's figures, the leads between families, and the claims."""
+    """By stage: every setting's results, the leads between families, and the claims."""
     stages = {}
     for writer in measured.writers:
-        figures = {f: measured.all(writer, "confirm", settings) for f, settings in compared.items()}
-        table(writer.stage, compared, figures)
+        results = {f: measured.all(writer, "confirm", settings) for f, settings in compared.items()}
+        table(writer.stage, compared, results)
         leads = {
-            f"{law} over {family}": lead_interval(figures[law], figures[family])
+            f"{law} over {family}": lead_interval(results[law], results[family])
             for law in compared
             if law.startswith("gated")
             for family in compared
@@ -742,10 +742,10 @@ def confirm(measured: Measurements, compared: Mapping[str, list[Setting]]) -> di
                 {"family": family, "setting": setting.label}
                 | {name: Interval.of(values_B) for name, values_B in values.items()}
                 for family, settings in compared.items()
-                for setting, values in zip(settings, figures[family], strict=True)
+                for setting, values in zip(settings, results[family], strict=True)
             ],
             "lead_in_diversity_at_equal_validity": leads,
-            "claims": claims(figures),
+            "claims": claims(results),
         }
     return stages
 

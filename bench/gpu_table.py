@@ -1,4 +1,4 @@
-"""The table of bench/gpu.py's result, with the required value of each figure."""
+"""The table of bench/gpu.py's result, with the required value of each value."""
 
 from typing import Any
 

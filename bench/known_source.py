@@ -809,7 +809,7 @@ def claims(results: Sequence[SeedResult], settings: Settings) -> dict[str, dict]
 
 
 def methods(results: Sequence[SeedResult]) -> dict[str, dict]:
-    """Figures by method, the worst first."""
+    """Results by method, the worst first."""
     found = {}
     for name in results[0].outcomes:
         outcomes = [result.outcomes[name] for result in results]

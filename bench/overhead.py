@@ -13,7 +13,7 @@ variants take turns on it, round by round:
     naive     the same law on every row, in plain torch
     peer      the law of qr-sampler on every row (`others.py` has both)
 Reported are tokens per second of all requests together, and milliseconds per token of one request,
-which is the time of a step. The last line is one JSON document. Absolute figures depend on the
+which is the time of a step. The last line is one JSON document. Absolute times depend on the
 machine; the ratios are the result. The minimum cost of a processor that changes a row is one read
 and one write of it, so the bench also times a copy of the logits and prints its share of a step.
 """

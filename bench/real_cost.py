@@ -12,7 +12,7 @@ it, round by round:
     top_p     stock, with vLLM's own top_p .95
 A round answers one story prompt per request, with 32 tokens each. Measured are output tokens per
 second of all requests together, and the time to the first token, as the median of the round. The
-last line is one JSON document. Absolute figures depend on the machine; the ratios to stock are the
+last line is one JSON document. Absolute times depend on the machine; the ratios to stock are the
 result.
 """
 

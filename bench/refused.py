@@ -56,8 +56,8 @@ def main(wheel: Path, output: Path) -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    for name, figures in {**found["sets"], **found["others"]}.items():
-        click.echo(f"{name:40}" + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    for name, counts in {**found["sets"], **found["others"]}.items():
+        click.echo(f"{name:40}" + ", ".join(f"{key} {value}" for key, value in counts.items()))
     output.write_text(json.dumps(found, indent=1) + "\n")
     click.echo(json.dumps(found))
 

@@ -20,7 +20,7 @@ memory.
 Short answers of one or two tokens, which show the cost per answer, have rows of their own: answers
 per second of `no field` and `field`, with 32 clients that ask eight times each in a round. With
 --only-short only these are measured, and the rest of an existing output file is kept.
-The last line is one JSON document. Absolute figures depend on the machine; the ratios are the
+The last line is one JSON document. Absolute times depend on the machine; the ratios are the
 result.
 """
 

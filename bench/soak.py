@@ -257,7 +257,7 @@ def served(size: int, source: random.Random, servers: Servers) -> dict[str, Any]
         part = range(size * tenth // 10, size * (tenth + 1) // 10)
         for run in runs.values():
             run.serve(part)
-    ours, stock = (runs[name].figures() for name in ("ours", "stock"))
+    ours, stock = (runs[name].measures() for name in ("ours", "stock"))
     return {
         "requests": size,
         "clients": CLIENTS,
@@ -284,7 +284,7 @@ class _Run:
         self._busy += time.monotonic() - start
         self._memory.append(own_mib(self._engine.pid))
 
-    def figures(self) -> dict[str, Any]:
+    def measures(self) -> dict[str, Any]:
         totals = [sum(each.values()) for each in self._memory]
         names = dict.fromkeys(name for each in self._memory for name in each)
         return {

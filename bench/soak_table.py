@@ -38,7 +38,7 @@ def _served(found: dict[str, Any]) -> str:
         f"{found['requests']:,} requests at {found['requests_per_second']:.0f} a second; "
         f"{_memory(found)}"
     )
-    if (stock := found.get("stock")) is None:  # An older result, without stock's figures.
+    if (stock := found.get("stock")) is None:  # An older result, without stock's results.
         return ours
     ours_more, stock_more = found["grown_mib"]["ours"], found["grown_mib"]["stock"]
     more = ", ".join(
@@ -70,7 +70,7 @@ def _overload(found: dict[str, Any]) -> str:
         f"{found['clients']} clients, {found['slots']} slots, {found['seconds']:.0f} s: "
         f"{_answers(found)}"
     )
-    stock = found.get("stock")  # None in an older result, without stock's figures.
+    stock = found.get("stock")  # None in an older result, without stock's results.
     return ours if stock is None else f"{ours}; stock's: {_answers(stock)}"
 
 

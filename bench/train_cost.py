@@ -13,7 +13,7 @@ All in one process; the variants take turns, round by round, in a rotating order
              the backward pass
     targets  tokens per second of building the targets, which is done once before training
 CPU time of one thread is measured, to reduce the effect of other processes. The last line is one
-JSON document. Absolute figures depend on the machine; the ratios are the result: medians of the
+JSON document. Absolute times depend on the machine; the ratios are the result: medians of the
 rounds' ratios with 95 % bootstrap intervals.
 
 Shapes: N trained positions, D hidden size, V vocabulary, K top entries, M draws, B rows of tokens.

@@ -63,13 +63,13 @@ def main(sequences: int, out: Path) -> None:
     logging.disable_progress_bar()
     (writer,) = writers(["well-trained"])
     measured = Measurements([writer], {"confirm": sequences})
-    figures = {
+    results = {
         family: measured.all(writer, "confirm", settings)
         for family, settings in families(writer).items()
     }
     leads = {
-        f"{LAW} over {other}": lead_interval(figures[LAW], figures[other])
-        for other in figures
+        f"{LAW} over {other}": lead_interval(results[LAW], results[other])
+        for other in results
         if other not in (LAW, "stock")
     }
     document = {
@@ -82,7 +82,7 @@ def main(sequences: int, out: Path) -> None:
             {"family": family, "setting": setting.label}
             | {name: Interval.of(values_B) for name, values_B in values.items()}
             for family, settings in families(writer).items()
-            for setting, values in zip(settings, figures[family], strict=True)
+            for setting, values in zip(settings, results[family], strict=True)
         ],
         "lead_in_diversity_at_equal_validity": leads,
     }

@@ -74,7 +74,7 @@ class Run:
     git: str | None
     """The commit of the folder that the run was started in; None outside of git."""
     steps: int
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     """Measured on the held-out text, in nats a token."""
 
     @staticmethod
@@ -83,7 +83,7 @@ class Run:
         data: Mapping[str, Any],
         *,
         steps: int,
-        figures: Mapping[str, float],
+        metrics: Mapping[str, float],
     ) -> "Run":
         return Run(
             settings=settings,
@@ -92,7 +92,7 @@ class Run:
             versions=versions(),
             git=_git_sha(),
             steps=steps,
-            figures=figures,
+            metrics=metrics,
         )
 
 
@@ -344,10 +344,10 @@ def _unformatted(text: str) -> str:
     return FORMATS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
-def _figure_name(name: str) -> str:
+def _metric_name(name: str) -> str:
     """`human_nll/my_store` → `human nll/my_store`: a store's name follows the slash."""
-    figure, slash, store = name.partition("/")
-    return figure.replace("_", " ") + slash + _unformatted(store)
+    metric, slash, store = name.partition("/")
+    return metric.replace("_", " ") + slash + _unformatted(store)
 
 
 def _objective(settings: Mapping[str, Any]) -> str:
@@ -372,7 +372,7 @@ def _card(promise: Promise, run: Run) -> str:
         f"{_objective(run.settings)}, for {run.steps} steps.",
         "",
         f"- Target: {_unformatted(promise.recipe)}",
-        *(f"- {_figure_name(name)}: {value:.4f}" for name, value in run.figures.items()),
+        *(f"- {_metric_name(name)}: {value:.4f}" for name, value in run.metrics.items()),
     ]
     if promise.diversity is not None:
         lines.append(f"- Suggested diversity: `{json.dumps(promise.diversity.as_dict())}`")

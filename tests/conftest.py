@@ -251,17 +251,17 @@ def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-_figures: dict[str, dict] = {}
+_recorded: dict[str, dict] = {}
 _passed: set[str] = set()
 RESULTS = ROOT / "bench" / "results" / "test-long.json"
 
 
 @pytest.fixture
-def figure(request):
-    """`figure(name=value, …)` records figures of this test for bench/results/test-long.json."""
+def record_values(request):
+    """`record_values(name=value, …)`: measured values for bench/results/test-long.json."""
 
     def note(**values) -> None:
-        _figures[request.node.nodeid] = values
+        _recorded[request.node.nodeid] = values
 
     return note
 
@@ -272,20 +272,20 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def pytest_sessionfinish(session) -> None:
-    """Write the figures of the long tests that passed; those of tests that did not run are kept."""
-    new = {name.partition("tests/")[2]: _figures[name] for name in _passed & _figures.keys()}
+    """Write the values of the long tests that passed; those of tests that did not run are kept."""
+    new = {name.partition("tests/")[2]: _recorded[name] for name in _passed & _recorded.keys()}
     if session.config.getoption("markexpr") == "long" and new:
-        before = json.loads(RESULTS.read_text())["figures"] if RESULTS.exists() else {}
+        before = json.loads(RESULTS.read_text())["values"] if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps(_document(before | new), indent=1) + "\n")
 
 
-def _document(figures: dict[str, dict]) -> dict:
+def _document(values: dict[str, dict]) -> dict:
     from importlib.metadata import version
 
     names = ("torch", "vllm", "transformers", "dftserve")
     return {
-        "what": "figures of `make test-long`",
+        "what": "values of `make test-long`",
         "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine()},
         "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
-        "figures": dict(sorted(figures.items())),
+        "values": dict(sorted(values.items())),
     }

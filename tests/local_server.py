@@ -93,7 +93,7 @@ def reply(
     request.wfile.write(body)
 
 
-def in_force(body: dict, *figures: dict | None, cap: float = 1.0) -> dict[str, dict]:
+def in_force(body: dict, *statistics: dict | None, cap: float = 1.0) -> dict[str, dict]:
     """The `diversity` and `style` objects of an answer, as the plug-in writes them.
 
     Args:
@@ -109,7 +109,7 @@ def in_force(body: dict, *figures: dict | None, cap: float = 1.0) -> dict[str, d
         above = {n: each[n] for n in ("level", "strength") if each.get(n, 0) > cap}
         if above:
             each |= {**dict.fromkeys(above, cap), "clamped": above}
-        each["choices"] = list(figures)
+        each["choices"] = list(statistics)
     return found
 
 

@@ -36,7 +36,7 @@ class Answer:
     seed: int
     text: str
     tokens: int
-    figures: Mapping[str, float]
+    statistics: Mapping[str, float]
     """`diversity.choices[0]` of the response; empty if no diversity was in force."""
 
 
@@ -82,7 +82,7 @@ def _one(client: OpenAI, model: str, prompt: str, level: float | None, seed: int
         seed=seed,
         text=(response.choices[0].message.content or "").strip(),
         tokens=response.usage.completion_tokens if response.usage else 0,
-        figures=diversity["choices"][0] or {},
+        statistics=diversity["choices"][0] or {},
     )
 
 

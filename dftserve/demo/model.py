@@ -124,7 +124,7 @@ def check(folder: Path, expected: Expected = Expected()) -> None:
     """Check the model, and store the hash of its weights in the folder if it is as expected.
 
     Raises:
-        RuntimeError: it is not; lists every figure that differs.
+        RuntimeError: it is not; lists every value that differs.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -125,12 +125,12 @@ def _tuned(base: Path, folder: Path, console: Console) -> Path:
 
 
 def _notes(tuned: Path) -> list[str]:
-    from dftserve.demo.tune import held_out_figures
+    from dftserve.demo.tune import held_out_metrics
 
-    figures = held_out_figures(tuned)
+    metrics = held_out_metrics(tuned)
     notes = [
-        f"Held-out paragraphs: {figures['untouched_human_nll']:.2f} nats per token before tuning, "
-        f"{figures['human_nll']:.2f} after. Such a small model, tuned on a few pages, still writes "
+        f"Held-out paragraphs: {metrics['untouched_human_nll']:.2f} nats per token before tuning, "
+        f"{metrics['human_nll']:.2f} after. Such a small model, tuned on a few pages, still writes "
         "much that makes no sense: this shows how it works, not what quality is possible."
     ]
     if not can_find_errors():

@@ -32,7 +32,7 @@ WHAT = (
 )
 FEW = (
     "So few answers only show what kind of text to expect. Differences between the rows are partly "
-    "chance: README.md has the figures of 256 answers per row, with intervals."
+    "chance: README.md has the results of 256 answers per row, with intervals."
 )
 SHOWN = 2
 """Answers of each cell on the terminal."""
@@ -130,14 +130,14 @@ def _table(stage: Stage) -> Table:
 
 
 def rows(stage: Stage) -> list[list[str]]:
-    """The figures of each level, in the columns of HEAD."""
+    """The statistics of each level, in the columns of HEAD."""
     return [_row(stage, level) for level in LEVELS]
 
 
 def _row(stage: Stage, level: float | None) -> list[str]:
     texts = [each for prompt in PROMPTS for each in stage.cell(prompt, level)]
     words = max(1, sum(each.words for each in texts))
-    figures = [a.figures for a in stage.answers if a.level == level and a.figures]
+    statistics = [a.statistics for a in stage.answers if a.level == level and a.statistics]
     return [
         level_name(level),
         f"{sum(each.words_in(SHARED) for each in texts) / words:.0%}",
@@ -146,8 +146,8 @@ def _row(stage: Stage, level: float | None) -> list[str]:
         if can_find_errors()
         else "–",
         f"{fmean(_different(stage.cell(prompt, level)) for prompt in PROMPTS):.0%}",
-        _entropy(figures),
-        f"{fmean(f['mean_temperature'] for f in figures):.2f}" if figures else "–",
+        _entropy(statistics),
+        f"{fmean(f['mean_temperature'] for f in statistics):.2f}" if statistics else "–",
     ]
 
 
@@ -157,11 +157,11 @@ def _different(texts: Sequence[Marked]) -> float:
     return len(set(words)) / max(1, len(words))
 
 
-def _entropy(figures: Sequence[Mapping[str, float]]) -> str:
-    if not figures:
+def _entropy(statistics: Sequence[Mapping[str, float]]) -> str:
+    if not statistics:
         return "–"
     before, after = (
-        fmean(each[f"mean_entropy_{when}"] for each in figures) for when in ("before", "after")
+        fmean(each[f"mean_entropy_{when}"] for each in statistics) for when in ("before", "after")
     )
     return f"{before:.2f} → {after:.2f}"
 

@@ -53,7 +53,7 @@ def tune(model: Path, folder: Path, say: Callable[[str], None]) -> Path:
     )
 
 
-def held_out_figures(final: Path) -> dict[str, float]:
-    """The run's figures, among them the loss in nats per token on the held-out paragraphs."""
+def held_out_metrics(final: Path) -> dict[str, float]:
+    """The run's metrics, among them the loss in nats per token on the held-out paragraphs."""
     run = read_json(final / "run.json", within=final, largest=1 << 20, finite=False)
-    return run["figures"]
+    return run["metrics"]

@@ -1,7 +1,7 @@
 """Tests a running server with a few short requests; the report can be pasted into an issue.
 
 It generates at most `MOST_TOKENS` tokens, in at most `REQUESTS` requests. The JSON report has no
-text, key or address, only versions, states and figures.
+text, key or address, only versions, states and measurements.
 """
 
 import json
@@ -43,13 +43,15 @@ class Report:
     findings: list[Finding]
     about: Mapping[str, Any] = field(default_factory=dict)
     """The server's versions, runner and device."""
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    measurements: Mapping[str, Any] = field(default_factory=dict)
     address: str = ""
     """The server's address; findings may contain it, the JSON does not."""
 
     def as_json(self) -> str:
         listed = json.loads(as_json([self._without_address(each) for each in self.findings]))
-        return json.dumps({**listed, "server": self.about, "figures": self.figures}, indent=2)
+        return json.dumps(
+            {**listed, "server": self.about, "measurements": self.measurements}, indent=2
+        )
 
     def _without_address(self, finding: Finding) -> Finding:
         """Removes other addresses too, such as that of a redirect."""
@@ -72,12 +74,12 @@ def verify(server: Server, model: str | None = None, api_key: str | None = None)
     findings, capabilities = capabilities_of(server.url, api_key)
     if capabilities is None or not capabilities.get("active"):
         return Report(findings, _about(capabilities or {}), address=server.url)
-    figures: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
     model = model or server.models()[0]
     with server.client() as client, server.errors():
         requests = _Requests(client, model, capabilities)
-        findings = [*findings, *_checks(requests, figures)]
-    return Report(findings, _about(capabilities), figures, address=server.url)
+        findings = [*findings, *_checks(requests, measurements)]
+    return Report(findings, _about(capabilities), measurements, address=server.url)
 
 
 def _about(capabilities: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def _refusals() -> Iterator[None]:
         raise _RefusedError(str(body.get("message", error.message)).rstrip(".")) from None
 
 
-def _checks(requests: _Requests, figures: dict[str, Any]) -> Iterator[Finding]:
+def _checks(requests: _Requests, measurements: dict[str, Any]) -> Iterator[Finding]:
     yield _off(requests)
     yield _styles(requests)
     try:
@@ -147,8 +149,8 @@ def _checks(requests: _Requests, figures: dict[str, Any]) -> Iterator[Finding]:
         return
     yield _echo(objects, requests.most)
     capped = _capped(objects) if requests.policy else None
-    yield warning("effect", capped) if capped else _effect(objects, figures, requests.most)
-    yield _throughput(requests, figures)
+    yield warning("effect", capped) if capped else _effect(objects, measurements, requests.most)
+    yield _throughput(requests, measurements)
 
 
 def _diversity_objects(requests: _Requests) -> list[Mapping[str, Any] | None]:
@@ -214,7 +216,7 @@ def _capped(objects: Sequence[Mapping[str, Any] | None]) -> str | None:
 
 
 def _effect(
-    objects: Sequence[Mapping[str, Any] | None], figures: dict[str, Any], most: float
+    objects: Sequence[Mapping[str, Any] | None], measurements: dict[str, Any], most: float
 ) -> Finding:
     rises: list[float] = []
     for found in objects:
@@ -224,7 +226,7 @@ def _effect(
         risen = [each["mean_entropy_after"] - each["mean_entropy_before"] for each in choices]
         rises.append(round(sum(risen) / len(risen), 4))
     levels = [level * most for level in LEVELS]
-    figures["entropy_rise_nats"] = dict(zip(map("{:g}".format, levels), rises, strict=True))
+    measurements["entropy_rise_nats"] = dict(zip(map("{:g}".format, levels), rises, strict=True))
     shown = ", ".join(f"{rise:.3f} at {level:g}" for rise, level in zip(rises, levels, strict=True))
     if rises[0] < rises[-1]:
         return ok("effect", f"entropy rises with the level: by {shown} nats.")
@@ -256,7 +258,7 @@ def _styles(requests: _Requests) -> Finding:
     return ok("styles", f"loaded: {', '.join(loaded)}; in force when asked for: {name}.")
 
 
-def _throughput(requests: _Requests, figures: dict[str, Any]) -> Finding:
+def _throughput(requests: _Requests, measurements: dict[str, Any]) -> Finding:
     """Alternates the two kinds, so that other traffic affects both equally."""
     # Level 0 rather than no field, which would mean the server's default.
     kinds = {"idle": 0.0, "active": requests.most}
@@ -266,7 +268,7 @@ def _throughput(requests: _Requests, figures: dict[str, Any]) -> Finding:
             rate = _tokens_per_second(requests, level)
             if turn:
                 best[kind] = max(best[kind], rate)
-    figures["tokens_per_second"] = {kind: round(rate, 1) for kind, rate in best.items()}
+    measurements["tokens_per_second"] = {kind: round(rate, 1) for kind, rate in best.items()}
     share = best["active"] / best["idle"] if best["idle"] else 0.0
     return ok(
         "throughput",

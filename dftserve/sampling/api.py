@@ -77,7 +77,7 @@ def transform_step(
         logits_XV: as in `transform`.
         slots: from `backend.create_slots`; the step's slot indices refer to them.
         style_stage: from `get_style_stage`; required for a step with `texts`, whose styles are
-            applied before the law. The styles' figures are staged with the statistics.
+            applied before the law. The styles' statistics are staged with the law's.
 
     Returns:
         As `transform`; an idle row is reported as invalid.
@@ -97,8 +97,8 @@ def transform_step(
     for part in step.penalties:
         penalise(logits_XV, step, part, backend.constants)
     if step.texts is not None and style_stage is not None:
-        figures_RF = style_stage(logits_XV, step, slots)
-        step = replace(step, figures_RF=figures_RF, finite_tokens=style_stage.finite_tokens)
+        style_stats_RF = style_stage(logits_XV, step, slots)
+        step = replace(step, style_stats_RF=style_stats_RF, finite_tokens=style_stage.finite_tokens)
     return backend.step(logits_XV, step, slots)
 
 

@@ -25,8 +25,8 @@ from dftserve.sampling.transform import Statistics
 Array = np.ndarray[Any, Any]
 
 COUNT, BEFORE, AFTER, TEMPERATURE, CHANGED, KL, TILT_KL, HELD_BACK, STRENGTH = range(9)
-"""The columns F: 1 for a valid row, the four statistics of `transform`, and the four figures of a
-style (`style.stage`), which are 0 for rows without a style."""
+"""The columns F: 1 for a valid row, the four statistics of `transform`, and the four of a style
+(`style.stage`), which are 0 for rows without a style."""
 COLUMNS = 9
 
 NOTHING_WAITS = 2**62
@@ -311,15 +311,15 @@ class Slots:
         offset_R: Tensor,
         samples_R: Tensor,
         statistics: Statistics,
-        figures_RF: Tensor | None = None,
+        style_stats_RF: Tensor | None = None,
     ) -> None:
-        """Stage this step's statistics, and the figures of its styles if there are any.
+        """Stage this step's statistics, and those of its styles if there are any.
         `samples_R`: bool, False for a chunk of a prompt."""
         self._flush()
         values_RF = torch.stack((statistics.valid_R.float(), *statistics.values()), dim=1)
-        if figures_RF is None:
-            figures_RF = values_RF.new_zeros(len(values_RF), COLUMNS - KL)
-        values_RF = torch.cat((values_RF, figures_RF), dim=1)
+        if style_stats_RF is None:
+            style_stats_RF = values_RF.new_zeros(len(values_RF), COLUMNS - KL)
+        values_RF = torch.cat((values_RF, style_stats_RF), dim=1)
         counts_R1 = (samples_R & statistics.valid_R)[:, None]
         waiting_XF = self._waiting_SKF.view(-1, COLUMNS)
         index_R = slot_R * len(self._index_K) + offset_R

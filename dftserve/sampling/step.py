@@ -88,8 +88,8 @@ class Step:
     left unchanged, and they do not change any slot's state."""
     texts: Texts | None = None
     """Required if any row has a style."""
-    figures_RF: Tensor | None = None
-    """float32 [R, 4], the figures of the styles that were applied before: see `style.stage`."""
+    style_stats_RF: Tensor | None = None
+    """float32 [R, 4], the statistics of the styles that were applied before: see `style.stage`."""
     penalties: Iterable[Penalties] = ()
     """Penalties of the rows with DRY, in parts with distinct rows; subtracted before anything else.
     The parts may be generated lazily, so that only one at a time takes memory."""
@@ -134,7 +134,7 @@ class Step:
             last_token_R,
             chosen_R if self.rows_R is None else self.rows_R[chosen_R],
             self.known_S,
-            figures_RF=None if self.figures_RF is None else self.figures_RF[chosen_R],
+            style_stats_RF=None if self.style_stats_RF is None else self.style_stats_RF[chosen_R],
         )
 
 

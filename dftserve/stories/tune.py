@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dftserve.bounded_files import read_json
 from dftserve.checkpoint import FINAL
 from dftserve.stories.grammar import PROMPTS, generate
 from dftserve.stories.model import STEPS, build
@@ -36,11 +35,6 @@ class Tuned:
 
     name: str
     folder: Path
-
-    def figure(self, name: str) -> float:
-        """A metric of the run on the held-out stories, in nats per token."""
-        run = read_json(self.folder / "run.json", within=self.folder, largest=1 << 20, finite=False)
-        return run["figures"][name]
 
 
 def tune(

@@ -19,7 +19,7 @@ A step whose effective sample size, by importance sampling, would be too small i
     OUT/styles/NAME-1 …     the profile of each round, for the server
     OUT/round-1 …           its answers (`evaluate.generate`), from which the same command resumes
     OUT/NAME                the frozen profile
-    OUT/fit.json            each round's figures
+    OUT/fit.json            each round's measurements
     OUT/report.html         the same as a page (`styles.report`)
 
 Shapes: P phrases, T answers.

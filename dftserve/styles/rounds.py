@@ -1,4 +1,4 @@
-"""The rounds of a fit: the figures of each, as stored in a profile and as a line for the user."""
+"""The rounds of a fit: measurements of each, as stored in a profile and as a line for the user."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ WRITTEN = "the rounds that `dftserve style fit` writes"
 
 @dataclass(frozen=True)
 class Round:
-    """The figures of one round. Rates are per 1,000 words, of all phrases together."""
+    """The measurements of one round. Rates are per 1,000 words, of all phrases together."""
 
     number: int
     words: int

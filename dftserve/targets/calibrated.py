@@ -457,8 +457,8 @@ def shown(found: Calibration) -> str:
     ]
     for each in found.components:
         mean, ends = ("", "") if each.nll is None else (f"{each.nll.mean:.3f}", _ends(each.nll))
-        figures = f"{mean:>8}{ends:>18}{each.weight:9.3f}{each.ruled_out:11.1%}"
-        lines.append(f"  {each.name:16}{figures}")
+        cells = f"{mean:>8}{ends:>18}{each.weight:9.3f}{each.ruled_out:11.1%}"
+        lines.append(f"  {each.name:16}{cells}")
     for gain in found.gains:
         lines.append(f"  gain over {gain.over}: {gain.nats.mean:.4f} ({_ends(gain.nats, 4)})")
     used = sorted((b for b in found.bins if b.share), key=lambda b: -b.share * b.positions)

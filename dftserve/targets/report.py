@@ -1,4 +1,4 @@
-"""A readable summary of a target store: figures, a histogram of entropies, examples.
+"""A readable summary of a target store: statistics, a histogram of entropies, examples.
 
     summary = inspect(TargetStore(folder), tokenizer)
     print(as_text(summary))
@@ -35,8 +35,8 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Figures of a split; means are over trained positions."""
+class SplitStatistics:
+    """Statistics of a split; means are over trained positions."""
 
     documents: int
     tokens: int
@@ -74,7 +74,7 @@ class Summary:
     folder: str
     plan: Mapping[str, Any]
     bytes_a_token: float
-    splits: Mapping[str, Figures]
+    splits: Mapping[str, SplitStatistics]
     examples: tuple[Example, ...]
 
 
@@ -90,7 +90,7 @@ def inspect(store: TargetStore, tokenizer: "PreTrainedTokenizerBase | None" = No
     plan = store.manifest.plan
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != plan.tokenizer:
         raise StoreError(f"{store.folder} was built with another tokenizer; name its model.")
-    splits = {split: _figures(store, split) for split in SPLITS}
+    splits = {split: _statistics(store, split) for split in SPLITS}
     tokens = sum(map(store.manifest.tokens, SPLITS))
     return Summary(
         folder=store.folder.name,
@@ -101,7 +101,7 @@ def inspect(store: TargetStore, tokenizer: "PreTrainedTokenizerBase | None" = No
     )
 
 
-def _figures(store: TargetStore, split: str) -> Figures:
+def _statistics(store: TargetStore, split: str) -> SplitStatistics:
     shards = [shard for shard in store.manifest.shards if shard.split == split]
     histogram = np.zeros(BINS, dtype=np.int64)
     trained = ruled_out = 0
@@ -116,7 +116,7 @@ def _figures(store: TargetStore, split: str) -> Figures:
         entropy += float(targets.entropy_T.sum(dtype=np.float64))
         tail += float(np.exp(targets.tail_logprob_T.astype(np.float64)).sum())
         token -= float(targets.token_logprob_T[possible_T].sum(dtype=np.float64))
-    return Figures(
+    return SplitStatistics(
         documents=store.count(split),
         tokens=sum(shard.tokens for shard in shards),
         trained=trained,
@@ -203,15 +203,15 @@ def _plan_line(plan: Mapping[str, Any]) -> str:
     return f"top {plan['k']}, {plan['draws']} draws, {plan['tail']} tail, seed {plan['seed']}"
 
 
-def _bars(figures: Figures) -> Iterable[str]:
-    highest = max(1, *figures.entropy_histogram)
-    for low, count in _bins(figures):
+def _bars(statistics: SplitStatistics) -> Iterable[str]:
+    highest = max(1, *statistics.entropy_histogram)
+    for low, count in _bins(statistics):
         yield f"  {low:>5.1f}  {count:>10,}  {'█' * round(40 * count / highest)}"
 
 
-def _bins(figures: Figures) -> list[tuple[float, int]]:
+def _bins(statistics: SplitStatistics) -> list[tuple[float, int]]:
     """Lower ends in nats, and counts, up to the last nonempty bin."""
-    counts = figures.entropy_histogram
+    counts = statistics.entropy_histogram
     last = max((i for i, count in enumerate(counts) if count), default=0)
     return [(i * BIN_NATS, count) for i, count in enumerate(counts[: last + 1])]
 
@@ -263,7 +263,7 @@ _HEAD = (
 )
 
 
-def _split_cells(split: str, of: Figures) -> tuple[str, ...]:
+def _split_cells(split: str, of: SplitStatistics) -> tuple[str, ...]:
     return (
         split,
         f"{of.documents:,}",

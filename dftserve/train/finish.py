@@ -49,7 +49,7 @@ def finish(
     prepared: Prepared,
     *,
     steps: int,
-    figures: Mapping[str, float],
+    metrics: Mapping[str, float],
 ) -> None:
     """Write the checkpoint and read it back; a failed one is not kept."""
     model, material = prepared.loaded.model, prepared.material
@@ -71,8 +71,8 @@ def finish(
             "refused_because": prepared.not_packed_because,
         },
     }
-    measured = {name.removeprefix("final_"): value for name, value in figures.items()}
-    run = checkpoint.Run.of(asdict(config), data, steps=steps, figures=measured)
+    measured = {name.removeprefix("final_"): value for name, value in metrics.items()}
+    run = checkpoint.Run.of(asdict(config), data, steps=steps, metrics=measured)
     processes.say(f"Writing {folder}, and reading it back.")
     if config.weights == "bf16":
         # Merging in bf16 would round away small adapters; the CPU has memory for float32.

@@ -102,13 +102,13 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     if stop.agreed is not None:
         processes.say(f"Stopped, and saved in {output}; {_how_to_resume()}")
         raise SystemExit(128 + stop.agreed)
-    figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
-    figures |= _untouched_figures(trainer, figures)
+    metrics = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
+    metrics |= _untouched_metrics(trainer, metrics)
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
         with _as_save_error(trainer, output):
             steps = trainer.steps_of_weights
-            finish(output / FINAL, config, whole, steps=steps, figures=figures)
+            finish(output / FINAL, config, whole, steps=steps, metrics=metrics)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
@@ -119,15 +119,15 @@ def _how_to_resume() -> str:
     return "the same command continues from there."
 
 
-def _untouched_figures(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
+def _untouched_metrics(trainer: DFTTrainer, metrics: Mapping[str, float]) -> dict[str, float]:
     """Print the likelihood of held-out text before and after training; returns those before it."""
     name = f"eval_{HUMAN_NLL}"
     before = [
         line[name] for line in trainer.state.log_history if name in line and line["step"] == 0
     ]
-    if not (before and figures):
+    if not (before and metrics):
         return {}
-    after = figures[f"final_{HUMAN_NLL}"]
+    after = metrics[f"final_{HUMAN_NLL}"]
     processes.say(f"Held-out human NLL: {after:.4f} nats a token; {before[0]:.4f} before training.")
     if after > before[0]:
         processes.say(
@@ -135,14 +135,14 @@ def _untouched_figures(trainer: DFTTrainer, figures: Mapping[str, float]) -> dic
             "lower learning_rate, fewer steps (`patience` stops by itself), another target_weight, "
             "or more text."
         )
-    return {f"untouched_{HUMAN_NLL}": before[0], **_of_each_store(trainer, figures)}
+    return {f"untouched_{HUMAN_NLL}": before[0], **_of_each_store(trainer, metrics)}
 
 
-def _of_each_store(trainer: DFTTrainer, figures: Mapping[str, float]) -> dict[str, float]:
+def _of_each_store(trainer: DFTTrainer, metrics: Mapping[str, float]) -> dict[str, float]:
     """The same for each store, if there are several."""
     found = {}
     untouched = next(line for line in trainer.state.log_history if f"eval_{HUMAN_NLL}" in line)
-    for name, after in figures.items():
+    for name, after in metrics.items():
         own = name.removeprefix("final_")
         if not own.startswith(f"{HUMAN_NLL}/"):
             continue

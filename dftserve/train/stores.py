@@ -114,7 +114,7 @@ def _check_together(stores: Sequence[TargetStore]) -> None:
 
 
 def _check_splits(stores: Sequence[TargetStore]) -> None:
-    """Refuse stores of which one trains on documents that another holds out: figures on held-out
+    """Refuse stores of which one trains on documents that another holds out: metrics on held-out
     text would be measured on text that is trained on. A few, as short texts may be equal by chance,
     are reported instead."""
     held_out = {store.folder: frozenset(store.token_digests("heldout")) for store in stores}
@@ -136,7 +136,7 @@ def _check_splits(stores: Sequence[TargetStore]) -> None:
                 f"{folder} holds out"
             )
             if len(digests) <= MOST_SHARED * len(held_out[folder]):
-                processes.say(f"{found}; figures on held-out text include them.")
+                processes.say(f"{found}; metrics on held-out text include them.")
                 continue
             raise ValueError(
                 f"{found}; accepted: stores that hold out the same texts. Build both with the same "

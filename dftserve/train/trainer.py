@@ -54,7 +54,7 @@ class HeldOut:
     rows: Sequence[Any]
     name: str = ""
     weight: float = 1.0
-    """Its share of each figure; those of all stores sum to 1."""
+    """Its share of each metric; those of all stores sum to 1."""
 
 
 class DFTTrainer(Trainer):

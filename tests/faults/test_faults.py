@@ -11,7 +11,7 @@ from tests.conftest import long
 @pytest.mark.parametrize(
     ("engine", "faults"), [("v1", 100), long("v1", 1000), long("v2", 1000)], indirect=["engine"]
 )
-def test_faults_are_survived_and_counted(engine, faults, figure):
+def test_faults_are_survived_and_counted(engine, faults, record_values):
     count_file = engine.fault_file.with_name(engine.fault_file.name + ".count")
     count_file.unlink(missing_ok=True)
     before = metric(engine, "dft:faults_total")
@@ -29,12 +29,12 @@ def test_faults_are_survived_and_counted(engine, faults, figure):
             # Unchanged rows give the texts of stock sampling for the seed.
             assert [_text(answer) for answer in answers] == expected
             # And tokens of unchanged rows have no statistics.
-            assert {figure for answer in answers for figure in _traced(answer)} <= {None}
+            assert {value for answer in answers for value in _traced(answer)} <= {None}
             injected = count_file.stat().st_size
     finally:
         engine.fault_file.unlink()
     assert None not in _traced(gather(engine, active)[0])
-    figure(injected=injected, counted=metric(engine, "dft:faults_total") - before)
+    record_values(injected=injected, counted=metric(engine, "dft:faults_total") - before)
     assert metric(engine, "dft:faults_total") - before == injected
     assert get(engine, "/v1/dft/capabilities").json()["faults"] >= injected
     assert engine.log.read_text(errors="replace").count("an injected fault") <= 2

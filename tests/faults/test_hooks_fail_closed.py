@@ -85,10 +85,10 @@ def _faults():
 
 
 @pytest.mark.parametrize("fault", _faults())
-def test_a_fault_closes_the_field_and_nothing_else(find, fault, figure):
+def test_a_fault_closes_the_field_and_nothing_else(find, fault, record_values):
     findings = find(fault)
     hook, _, kind = fault.partition(":")
-    figure(
+    record_values(
         starts=findings["error"] is None,
         stock_unchanged=findings.get("stock") == {},
         field="refused" if findings.get("refusal") else "honoured",
@@ -132,7 +132,7 @@ def _names(problems: dict[str, str] | None, hook: str) -> bool:
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", LIVE)
-def test_a_server_with_a_fault(v1_stock, model_folder, tmp_path, fault, figure):
+def test_a_server_with_a_fault(v1_stock, model_folder, tmp_path, fault, record_values):
     plain = [chat_body(seed=seed, max_tokens=16, n=1 + seed % 2) for seed in range(16)]
     paths = [("/v1/chat/completions", body) for body in plain]
     expected = [_content(answer) for answer in gather(v1_stock, paths)]
@@ -143,7 +143,7 @@ def test_a_server_with_a_fault(v1_stock, model_folder, tmp_path, fault, figure):
         findings = doctor.ask(engine.url, KEY)
     same = sum(a == b for a, b in zip(expected, got, strict=True))
     statuses = {answer.status_code for answer in answers}
-    figure(requests=len(plain), identical=same, statuses=sorted(statuses))
+    record_values(requests=len(plain), identical=same, statuses=sorted(statuses))
     assert got == expected
     if statuses == {200}:
         for answer in answers:

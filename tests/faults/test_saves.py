@@ -91,7 +91,7 @@ def training(order, workspace) -> Work:
 
 @pytest.fixture(scope="module")
 def stopping(order, workspace) -> Work:
-    """A training that stops early because its held-out figures get worse."""
+    """A training that stops early because its held-out metrics get worse."""
     work = _training(
         order, workspace, "stopped", steps=20, evaluate_every=1, patience=2, learning_rate=0.9
     )
@@ -211,23 +211,23 @@ def spread(events: int, count: int | None) -> list[int]:
 
 
 @pytest.mark.parametrize(("work", "count"), each_work(SHORT_RUN_EVENTS, None), indirect=["work"])
-def test_a_kill_at_any_write_sync_or_rename(work, count, tmp_path, figure):
+def test_a_kill_at_any_write_sync_or_rename(work, count, tmp_path, record_values):
     events = spread(work.events, count)
     for event in events:
         folder = tmp_path / str(event)
         assert work.run(folder, kill_at=event)["ended"] == -SIGKILL
         check_resumes(work, folder)
-    figure(kills=len(events), events=work.events)
+    record_values(kills=len(events), events=work.events)
 
 
 @pytest.mark.parametrize("count", [2, long(None)])
-def test_a_kill_of_a_run_that_stops_early(stopping, count, tmp_path, figure):
+def test_a_kill_of_a_run_that_stops_early(stopping, count, tmp_path, record_values):
     events = spread(stopping.events, count)
     for event in events:
         folder = tmp_path / str(event)
         assert stopping.run(folder, kill_at=event)["ended"] == -SIGKILL
         check_resumes(stopping, folder)
-    figure(kills=len(events), events=stopping.events)
+    record_values(kills=len(events), events=stopping.events)
 
 
 @pytest.mark.parametrize("work", TRAINING_IS_LONG, indirect=True)
@@ -243,7 +243,7 @@ def test_a_kill_in_the_middle_of_a_write_is_survived(work, tmp_path):
     [("building", 2), *(long(name, 20) for name in BOTH)],
     indirect=["work"],
 )
-def test_a_kill_at_any_time(work, count, tmp_path, figure):
+def test_a_kill_at_any_time(work, count, tmp_path, record_values):
     source = random.Random(0)
     ends = []
     for number in range(count):
@@ -252,14 +252,14 @@ def test_a_kill_at_any_time(work, count, tmp_path, figure):
         ends.append(work.run(folder, after=source.uniform(0, work.seconds))["ended"])
         check_resumes(work, folder)
     assert set(ends) <= {0, -SIGKILL}
-    figure(kills=ends.count(-SIGKILL))
+    record_values(kills=ends.count(-SIGKILL))
 
 
 # ── Disks ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("work", "count"), each_work(SHORT_RUN_EVENTS, None), indirect=["work"])
-def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, figure):
+def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, record_values):
     failed = 0
     for event in spread(work.events, count):
         folder = tmp_path / str(event)
@@ -270,7 +270,7 @@ def test_a_disk_that_is_full_from_any_event_on(work, count, tmp_path, figure):
         assert not folder.exists() or not list(folder.rglob("*.partial"))
         check_resumes(work, folder)
     assert failed >= min(count or work.events, work.events) - 2
-    figure(failures=failed, events=work.events)
+    record_values(failures=failed, events=work.events)
 
 
 @pytest.mark.parametrize("work", TRAINING_IS_LONG, indirect=True)
@@ -329,7 +329,7 @@ def verify_store(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [100, long(1000)])
-def test_every_flipped_bit_is_found_and_its_file_named(training, building, count, figure):
+def test_every_flipped_bit_is_found_and_its_file_named(training, building, count, record_values):
     verified = [
         *((training.folder / name, checkpoint.verify) for name in ("checkpoint-6", "final")),
         (building.folder, verify_store),
@@ -345,7 +345,7 @@ def test_every_flipped_bit_is_found_and_its_file_named(training, building, count
         flipped[path.name] = flipped.get(path.name, 0) + 1
     for folder, verify in verified:
         verify(folder)
-    figure(flips=count, found=sum(flipped.values()), files=len(flipped))
+    record_values(flips=count, found=sum(flipped.values()), files=len(flipped))
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_a_drain_answers_every_request(ours, model_folder, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_shutdown_is_stock(ours, stock, model_folder, adapter, tmp_path, case, figure):
+def test_a_shutdown_is_stock(ours, stock, model_folder, adapter, tmp_path, case, record_values):
     """Every pair has as many answers as stock. One pair within the time suffices, as the machine is
     shared."""
     pairs = []
@@ -136,18 +136,20 @@ def test_a_shutdown_is_stock(ours, stock, model_folder, adapter, tmp_path, case,
             break
     else:
         pytest.fail(f"more than {SLACK} s longer than stock each time: {pairs}")
-    figure(stock=dataclasses.asdict(expected), ours=dataclasses.asdict(got), pairs=len(pairs))
+    record_values(
+        stock=dataclasses.asdict(expected), ours=dataclasses.asdict(got), pairs=len(pairs)
+    )
 
 
 @pytest.mark.long
-def test_drains_never_hang(ours, model_folder, tmp_path, figure):
+def test_drains_never_hang(ours, model_folder, tmp_path, record_values):
     cases = itertools.islice(itertools.cycle([Case(), Case(stream=True)]), REPETITIONS)
     outcomes = [
         shutdown(ours, case, model_folder, tmp_path, tmp_path / "log", tokens=128) for case in cases
     ]
     hung = sum(outcome.seconds is None for outcome in outcomes)
     answered = sum(outcome.complete for outcome in outcomes)
-    figure(drains=REPETITIONS, hung=hung, requests=REPETITIONS * REQUESTS, answered=answered)
+    record_values(drains=REPETITIONS, hung=hung, requests=REPETITIONS * REQUESTS, answered=answered)
     assert hung == 0
     assert answered == REPETITIONS * REQUESTS
 

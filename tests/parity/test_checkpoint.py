@@ -22,7 +22,7 @@ bits of mantissa and logits up to some 20, rounding alone would leave .1."""
 
 
 @pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
-def test_the_trainers_log_probabilities_are_the_servers(engine, figure):
+def test_the_trainers_log_probabilities_are_the_servers(engine, record_values):
     tokenizer = AutoTokenizer.from_pretrained(engine.model_folder)
     model = AutoModelForCausalLM.from_pretrained(engine.model_folder)
     worst = 0.0
@@ -31,7 +31,7 @@ def test_the_trainers_log_probabilities_are_the_servers(engine, figure):
         theirs_N = server_log_p(engine, tokens)
         ours_N = trainer_log_p(model, tokens)
         worst = max(worst, float(np.abs(ours_N - theirs_N).max()))
-    figure(worst_nats=worst, texts=len(PROMPTS))
+    record_values(worst_nats=worst, texts=len(PROMPTS))
     assert worst < TOLERANCE
 
 

@@ -29,7 +29,7 @@ TOKENS = 3
 @pytest.mark.parametrize(
     ("engine", "count"), [("v1", 6), ("v2", 6), long("v1", 40), long("v2", 40)], indirect=["engine"]
 )
-def test_repeats_are_penalised_before_the_law(engine, count, figure):
+def test_repeats_are_penalised_before_the_law(engine, count, record_values):
     source = random.Random(13)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     breaks_V = Breakers.from_tokenizer(tokenizer).tokens(("\n", "."))
@@ -82,4 +82,4 @@ def test_repeats_are_penalised_before_the_law(engine, count, figure):
         assert reported["dry_multiplier"] == pytest.approx(numbers["multiplier"])
     assert checked >= 2 * count
     assert penalised > count // 2
-    figure(checked=checked, penalised=penalised, worst_logprob=worst)
+    record_values(checked=checked, penalised=penalised, worst_logprob=worst)

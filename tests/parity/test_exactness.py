@@ -32,7 +32,7 @@ COUNTS += [long("v1_smollm2", 200), long("v2_smollm2", 200)]
 
 
 @pytest.mark.parametrize(("engine", "count"), COUNTS, indirect=["engine"])
-def test_the_sampled_distribution_is_the_law(engine, count, figure):
+def test_the_sampled_distribution_is_the_law(engine, count, record_values):
     source = random.Random(7)
     vocabulary = vocabulary_of(engine)
     checked, redrawn, worst_logprob, worst_nats = 0, 0, 0.0, 0.0
@@ -59,14 +59,14 @@ def test_the_sampled_distribution_is_the_law(engine, count, figure):
             assert nats <= NATS, (nats, case)
             assert reported["mean_temperature"] == pytest.approx(expected.temperature, rel=1e-4)
             worst_logprob, worst_nats = max(worst_logprob, error), max(worst_nats, nats)
-    figure(draws=count, redrawn=redrawn, worst_logprob=worst_logprob, worst_nats=worst_nats)
+    record_values(draws=count, redrawn=redrawn, worst_logprob=worst_logprob, worst_nats=worst_nats)
 
 
 WORDS = [("v1", 16), long("v2", 16), long("v1_smollm2", 200), long("v2_smollm2", 200)]
 
 
 @pytest.mark.parametrize(("engine", "count"), WORDS, indirect=["engine"])
-def test_the_law_words_goes_by_the_last_token(engine, count, figure):
+def test_the_law_words_goes_by_the_last_token(engine, count, record_values):
     """Of three steps, the first depends on the prompt's end, the third on what was sampled."""
     source, vocabulary = random.Random(8), vocabulary_of(engine)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
@@ -94,11 +94,11 @@ def test_the_law_words_goes_by_the_last_token(engine, count, figure):
             checked += 1
     assert {c for _, c in seen} == {0, 1, 2}
     assert len({state for state, _ in seen}) > 1
-    figure(checked=checked, worst_logprob=worst)
+    record_values(checked=checked, worst_logprob=worst)
 
 
 @pytest.mark.parametrize(("engine", "count"), [("v1", 24), ("v2", 24)], indirect=["engine"])
-def test_laws_that_only_cut_tokens_are_exact(engine, count, figure):
+def test_laws_that_only_cut_tokens_are_exact(engine, count, record_values):
     """Checks the first and the last of up to three steps; `xtc` draws by seed and position."""
     source = random.Random(9)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
@@ -135,7 +135,7 @@ def test_laws_that_only_cut_tokens_are_exact(engine, count, figure):
                 excludes.add(bool(np.isinf(expected.log_p_V[logits_V.argmax()])))
     assert set(checked) == {"guard", "top_n_sigma", "xtc"}
     assert excludes == {False, True}
-    figure(checked=dict(checked), worst_logprob=worst)
+    record_values(checked=dict(checked), worst_logprob=worst)
 
 
 def _cut_diversity(number: int, source: random.Random) -> dict:

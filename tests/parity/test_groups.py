@@ -32,8 +32,8 @@ NEAR = 1e-3
     [("v1", 3), ("v2", 2), long("v1", 20), long("v2", 20)],
     indirect=["engine"],
 )
-def test_texts_of_a_group_are_those_of_their_codes(engine, prompts, figure):
-    figure(checked=check(engine, prompts))
+def test_texts_of_a_group_are_those_of_their_codes(engine, prompts, record_values):
+    record_values(checked=check(engine, prompts))
 
 
 def check(engine: Engine, prompts: int) -> int:
@@ -108,7 +108,7 @@ def _tokens(engine, text: str) -> list[int]:
     return gather(engine, [("/tokenize", body)])[0].json()["tokens"]
 
 
-def test_preempted_texts_of_a_group_keep_their_codes(v1, figure):
+def test_preempted_texts_of_a_group_keep_their_codes(v1, record_values):
     """Sixteen long texts do not fit into twenty blocks. So near temperature 0, a text uses almost
     none of its code's ten bits, so the code determines every token, and no other has a probability.
     If a code were lost, others would have one, as in the text without a group."""
@@ -126,7 +126,7 @@ def test_preempted_texts_of_a_group_keep_their_codes(v1, figure):
     )
     preemptions = metric(v1, "vllm:num_preemptions_total") - before
     *of_group, of_alone = map(_tokens_with_alternatives, answers)
-    figure(preemptions=preemptions, open_tokens_without_a_group=of_alone)
+    record_values(preemptions=preemptions, open_tokens_without_a_group=of_alone)
     assert preemptions > 0
     assert metric(v1, "dft:faults_total") == faults
     assert of_group == [0] * len(requests)

@@ -17,7 +17,7 @@ LONG_COUNTS = [long("v1", "v1_bare", 1000), long("v2", "v2_bare", 200)]
 @pytest.mark.parametrize(
     ("engine", "stock", "count"), COUNTS + LONG_COUNTS, indirect=["engine", "stock"]
 )
-def test_seeded_answers_are_stock_byte_for_byte(engine, stock, count, figure):
+def test_seeded_answers_are_stock_byte_for_byte(engine, stock, count, record_values):
     source = random.Random(count)
     bodies = [_seeded(source) for _ in range(count)]
     expected = gather(stock, [("/v1/chat/completions", body) for body in bodies])
@@ -31,7 +31,7 @@ def test_seeded_answers_are_stock_byte_for_byte(engine, stock, count, figure):
         if body.get("diversity") != 0.8
     ]
     same = [_content(a) == _content(b) for a, b in zip(expected, answers, strict=True)]
-    figure(requests=count, identical=sum(same))
+    record_values(requests=count, identical=sum(same))
     assert all(same), f"{same.count(False)} of {count} differ"
 
 

@@ -34,7 +34,7 @@ TOKENS = 4
     [("v1", 6), ("v2", 6), long("v1", 100), long("v2", 100)],
     indirect=["engine"],
 )
-def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder, figure):
+def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder, record_values):
     source, vocabulary = random.Random(11), vocabulary_of(engine)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     profile = profiles.read(styles_folder / "habits")
@@ -86,4 +86,4 @@ def test_a_style_is_sampled_alone_and_before_a_law(engine, count, styles_folder,
         assert reported["choices"][0]["tokens"] == len(answer.tokens)
     assert checked >= 2 * count
     assert held_back > 0
-    figure(checked=checked, worst_logprob=worst)
+    record_values(checked=checked, worst_logprob=worst)

@@ -17,7 +17,7 @@ COUNTS = [("v1", 10), long("v1", 20), long("v2", 4)]
 
 
 @pytest.mark.parametrize(("engine", "settings"), COUNTS, indirect=["engine"])
-def test_surprise_equals_the_reported_entropy(engine, settings, figure):
+def test_surprise_equals_the_reported_entropy(engine, settings, record_values):
     """Σ_t (−ln p(token_t) − H_t) is a martingale, so its mean over sequences is 0."""
     source = random.Random(3)
     worst = 0.0
@@ -40,7 +40,7 @@ def test_surprise_equals_the_reported_entropy(engine, settings, figure):
         deviation = abs(excess.mean()) / (excess.std(ddof=1) / math.sqrt(len(excess)))
         assert deviation < STANDARD_ERRORS, (deviation, diversity, temperature)
         worst = max(worst, deviation)
-    figure(settings=settings, sequences_each=SEQUENCES, worst_standard_errors=worst)
+    record_values(settings=settings, sequences_each=SEQUENCES, worst_standard_errors=worst)
 
 
 def _diversity(source: random.Random) -> dict:
@@ -56,9 +56,9 @@ def _diversity(source: random.Random) -> dict:
 def _excess(answer) -> float:
     content = answer.json()
     logprobs = [entry["logprob"] for entry in content["choices"][0]["logprobs"]["content"]]
-    figures = content["diversity"]["choices"][0]
-    assert figures["tokens"] == len(logprobs)
-    return -sum(logprobs) - figures["tokens"] * figures["mean_entropy_after"]
+    statistics = content["diversity"]["choices"][0]
+    assert statistics["tokens"] == len(logprobs)
+    return -sum(logprobs) - statistics["tokens"] * statistics["mean_entropy_after"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def _excess(answer) -> float:
     [("v1", 0.8), ("v1", 0.9), ("v1", 1.1), long("v2", 0.9)],
     indirect=["engine"],
 )
-def test_budget_meets_its_target(engine, share, figure):
+def test_budget_meets_its_target(engine, share, record_values):
     """A target within the reach of cooling and heating is met within a tenth.
 
     At η = .2 and c = 2 a level that settles at ℓ leaves the mean over 256 tokens 4·|ℓ| % from the
@@ -77,7 +77,7 @@ def test_budget_meets_its_target(engine, share, figure):
     target = share * natural
     with_budget = free | {"diversity": {"law": "budget", "target_entropy": target}}
     reached = _mean_after(_eight(engine, with_budget))
-    figure(target=target, reached=reached)
+    record_values(target=target, reached=reached)
     assert reached == pytest.approx(target, rel=0.1)
 
 

@@ -36,7 +36,7 @@ DRY = {"multiplier": 1.5, "base": 1.75, "allowed_length": 2}
     [("v1", 6), ("v2", 6), long("v1", 60), long("v2", 60)],
     indirect=["engine"],
 )
-def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
+def test_all_of_them_are_sampled_together(engine, count, styles_folder, record_values):
     source, vocabulary = random.Random(17), vocabulary_of(engine)
     tokenizer = Tokenizer.from_file(str(engine.model_folder / "tokenizer.json"))
     profile = profiles.read(styles_folder / "habits")
@@ -91,4 +91,4 @@ def test_all_of_them_are_sampled_together(engine, count, styles_folder, figure):
     assert drawn >= count
     assert compared >= count
     assert penalised > count // 2
-    figure(drawn=drawn, compared=compared, penalised=penalised, worst_logprob=worst)
+    record_values(drawn=drawn, compared=compared, penalised=penalised, worst_logprob=worst)

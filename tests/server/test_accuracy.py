@@ -135,7 +135,7 @@ def check(right: int, answers: int, letter: str, level: float) -> None:
     assert stats.binomtest(right, answers, chance).pvalue > ALARM, (letter, level, right, chance)
 
 
-def test_humaneval_sees_diversity(rigged, tmp_path, figure):
+def test_humaneval_sees_diversity(rigged, tmp_path, record_values):
     if (missing := sandbox.available()) is not None:
         pytest.skip(missing)
     problem = {
@@ -157,11 +157,13 @@ def test_humaneval_sees_diversity(rigged, tmp_path, figure):
         check(right[level], SAMPLED, "A", level)
     assert stats.binomtest(right[1.0], SAMPLED, chance_of("A", 0.0)).pvalue < ALARM
     assert levels(report)[1]["difference"]["high"] < 0
-    figure(right=right, asked=SAMPLED, expected={level: chance_of("A", level) for level in (0, 1)})
+    record_values(
+        right=right, asked=SAMPLED, expected={level: chance_of("A", level) for level in (0, 1)}
+    )
 
 
 @pytest.mark.long
-def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
+def test_lm_eval_sees_diversity(rigged, tmp_path, record_values):
     """Half of the answers are A and half B: the score of A falls, and that of B rises."""
     try:
         lm_eval.executable()
@@ -183,7 +185,7 @@ def test_lm_eval_sees_diversity(rigged, tmp_path, figure):
     assert low["accuracy"]["value"] == (right["A", 0.0] + right["B", 0.0]) / (2 * SAMPLED)
     assert high["difference"]["value"] < 0
     assert high["p"] < 0.001
-    figure(
+    record_values(
         right={f"{letter} at {level:g}": count for (letter, level), count in right.items()},
         expected={
             f"{each} at {level}": chance_of(each, level) for each in "AB" for level in (0, 1)

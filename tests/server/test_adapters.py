@@ -97,7 +97,7 @@ def prompts(engine, count: int) -> list[list[int]]:
     return [tokenizer.encode(" ".join(words[: source.randrange(3, 20)])).ids for words in texts]
 
 
-def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, figure):
+def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, record_values):
     vocabulary, worst, least_change = vocabulary_of(adapted), dict.fromkeys(SCALES, 0.0), np.inf
     cases = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
     shaping = {"max_tokens": TOKENS, "ignore_eos": True}
@@ -113,12 +113,12 @@ def test_each_strength_in_one_batch_is_peft_s(adapted, tuned, figure):
             worst[name] = max(worst[name], error)
             others = [log_p(rows[each][step]) for each in SCALES if each != name]
             least_change = min(least_change, *(np.abs(served_V - other).max() for other in others))
-    figure(steps=len(cases) * TOKENS, worst_logprob=worst, least_change=float(least_change))
+    record_values(steps=len(cases) * TOKENS, worst_logprob=worst, least_change=float(least_change))
     assert max(worst.values()) <= LOG_PROBABILITY, worst
     assert least_change >= LEAST_DIFFERENCE
 
 
-def test_the_field_goes_by_the_adapter_s_logits(adapted, tuned, figure):
+def test_the_field_goes_by_the_adapter_s_logits(adapted, tuned, record_values):
     vocabulary, worst, checked = vocabulary_of(adapted), 0.0, 0
     stops = stop_ids(adapted)
     cases = [(name, prompt) for prompt in prompts(adapted, 5) for name in SCALES]
@@ -134,11 +134,11 @@ def test_the_field_goes_by_the_adapter_s_logits(adapted, tuned, figure):
         checked += 1
         sampled_V = served_log_p(answer, vocabulary)
         worst = max(worst, worst_difference(sampled_V, expected.log_p_V, name))
-        figures = answer.json()["diversity"]["choices"][0]
-        assert figures["mean_entropy_before"] == pytest.approx(expected.entropy_before, abs=NATS)
-        assert figures["mean_entropy_after"] == pytest.approx(expected.entropy_after, abs=NATS)
-        assert figures["mean_temperature"] == pytest.approx(expected.temperature, rel=1e-4)
-    figure(checked=checked, worst_logprob=worst)
+        statistics = answer.json()["diversity"]["choices"][0]
+        assert statistics["mean_entropy_before"] == pytest.approx(expected.entropy_before, abs=NATS)
+        assert statistics["mean_entropy_after"] == pytest.approx(expected.entropy_after, abs=NATS)
+        assert statistics["mean_temperature"] == pytest.approx(expected.temperature, rel=1e-4)
+    record_values(checked=checked, worst_logprob=worst)
     assert checked > len(cases) // 2
 
 

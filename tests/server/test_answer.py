@@ -10,7 +10,7 @@ from tests.client import chat_body, get, metric, post, sync_client
 from tests.vllm_app import body_schema, routes_with_fields
 
 BOTH = pytest.mark.parametrize("engine", ["v1", "v2"], indirect=True)
-FIGURES = {
+STATISTICS = {
     "tokens",
     "mean_entropy_before",
     "mean_entropy_after",
@@ -29,7 +29,7 @@ def test_chat_through_the_openai_client(engine):
     assert reported["law"] == "gated"
     assert reported["level"] == 0.5
     assert len(reported["choices"]) == 2
-    assert all(set(choice) == FIGURES for choice in reported["choices"])
+    assert all(set(choice) == STATISTICS for choice in reported["choices"])
     assert sum(choice["tokens"] for choice in reported["choices"]) == answer.usage.completion_tokens
 
 
@@ -49,7 +49,7 @@ def test_a_streams_last_chunk_has_the_diversity_object(engine, usage, choices):
     assert bool(chunks[-1].usage) == usage
     reported = chunks[-1].model_extra["diversity"]["choices"]
     assert len(reported) == choices
-    assert all(set(choice) == FIGURES for choice in reported)
+    assert all(set(choice) == STATISTICS for choice in reported)
 
 
 @BOTH
@@ -78,7 +78,7 @@ def test_a_batch_reports_each_conversation(engine):
     body = chat_body(diversity=0.5, **SHORT)
     body["messages"] = [body["messages"], body["messages"]]
     content = post(engine, "/v1/chat/completions/batch", body).json()
-    assert [set(choice) for choice in content["diversity"]["choices"]] == [FIGURES, FIGURES]
+    assert [set(choice) for choice in content["diversity"]["choices"]] == [STATISTICS, STATISTICS]
 
 
 @BOTH
@@ -225,14 +225,14 @@ TRACE_COLUMNS = {"entropy_before", "entropy_after", "temperature", "changed"}
 @BOTH
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("law", [{}, {"law": "words"}])
-def test_a_trace_has_the_figures_of_each_token(engine, stream, law):
+def test_a_trace_has_the_statistics_of_each_token(engine, stream, law):
     """The reported means are those of the trace, and each token's temperature is the law's."""
     diversity = {"level": 0.9, "trace": True, **law}
     body = chat_body(max_tokens=24, n=2, diversity=diversity, stream=stream)
     reported = _diversity_object(post(engine, "/v1/chat/completions", body), stream)
     assert reported["trace"] is True
     for choice in reported["choices"]:
-        assert set(choice) == FIGURES | {"trace"}
+        assert set(choice) == STATISTICS | {"trace"}
         trace = choice["trace"]
         assert set(trace) == TRACE_COLUMNS
         assert {len(column) for column in trace.values()} == {choice["tokens"]}

@@ -11,7 +11,7 @@ from tests.conftest import long
 @pytest.mark.parametrize(
     ("engine", "seeds"), [("v1", 32), long("v1", 200), long("v2", 32)], indirect=["engine"]
 )
-def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
+def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, record_values):
     source = random.Random(11)
     bodies = [
         chat_body(
@@ -25,11 +25,11 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine, seeds, figure):
     requests = [("/v1/chat/completions", body) for body in bodies]
     together = [_text(answer) for answer in gather(engine, requests, at_once=16)]
     alone = [_text(answer) for answer in gather(engine, requests, at_once=1)]
-    figure(seeds=seeds, identical=sum(a == b for a, b in zip(alone, together, strict=True)))
+    record_values(seeds=seeds, identical=sum(a == b for a, b in zip(alone, together, strict=True)))
     assert alone == together
 
 
-def test_preempted_requests_complete_and_count_each_token_once(v1, figure):
+def test_preempted_requests_complete_and_count_each_token_once(v1, record_values):
     """Sixteen long texts at a time do not fit into twenty blocks, so the engine must preempt."""
     before = metric(v1, "vllm:num_preemptions_total")
     free = chat_body(diversity={"level": 0.01}, max_tokens=380, **LIVELY)
@@ -39,7 +39,7 @@ def test_preempted_requests_complete_and_count_each_token_once(v1, figure):
     body = free | {"diversity": {"law": "budget", "target_entropy": target}, "n": 16}
     answers = gather(v1, [("/v1/chat/completions", body)] * 2, at_once=2)
     preemptions = metric(v1, "vllm:num_preemptions_total") - before
-    figure(preemptions=preemptions)
+    record_values(preemptions=preemptions)
     assert preemptions > 0, "nothing was preempted, so the test shows nothing"
     for answer in answers:
         content = answer.json()

@@ -38,7 +38,7 @@ def deployed(request, model_folder, tmp_path) -> Iterator[tuple[Engine, int]]:
         yield engine, engines
 
 
-def test_counters_are_what_was_sent(deployed, figure):
+def test_counters_are_what_was_sent(deployed, record_values):
     engine, engines = deployed
     responses = []
     with injected(engine.fault_file.with_name(engine.fault_file.name + ".nan")) as nan_rows:
@@ -61,7 +61,7 @@ def test_counters_are_what_was_sent(deployed, figure):
         "dft:statistics_unavailable_total": choices.count(None),
     }
     sums, labels = counters_of(engine)
-    figure(expected=expected, counted={name: sums[name] for name in expected})
+    record_values(expected=expected, counted={name: sums[name] for name in expected})
     assert {name: sums[name] for name in expected} == expected
     # The last twelve had no fault: each has statistics of all its tokens.
     for each in responses[-REQUESTS:]:

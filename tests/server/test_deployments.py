@@ -43,7 +43,7 @@ def check_field(engine: Engine) -> None:
     assert post(engine, "/v1/chat/completions", body | {"diversity": 2}).status_code == 400
 
 
-def test_the_wheels_change_no_other_line_of_an_environment(bare_environment, wheels, figure):
+def test_the_wheels_change_no_other_line_of_an_environment(bare_environment, wheels, record_values):
     before = bare_environment.frozen()
     bare_environment.install(*wheels)
     try:
@@ -51,7 +51,7 @@ def test_the_wheels_change_no_other_line_of_an_environment(bare_environment, whe
         assert before <= bare_environment.frozen()
         names = {line.replace("-", "_").split(" ")[0].split("==")[0] for line in added}
         assert names == {"dftserve", "dftserve_vllm"}
-        figure(lines_before=len(before), changed=0, added=sorted(names))
+        record_values(lines_before=len(before), changed=0, added=sorted(names))
     finally:
         _remove(bare_environment)
     assert bare_environment.frozen() == before
@@ -70,14 +70,14 @@ def test_no_wheel_contains_the_vllm_stub(wheels):
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_vllm_031(runner, wheels, model_folder, tmp_path, tmp_path_factory, figure):
+def test_vllm_031(runner, wheels, model_folder, tmp_path, tmp_path_factory, record_values):
     environment = _environment_031(tmp_path_factory, wheels)
     with environment.serves(), engine_running(f"{runner}_031", model_folder, tmp_path) as engine:
         capabilities = get(engine, "/v1/dft/capabilities").json()
         assert capabilities["vllm"].startswith("0.31")
         assert capabilities["runner"].lower() == runner
         check_field(engine)
-        figure(vllm=capabilities["vllm"], runner=capabilities["runner"])
+        record_values(vllm=capabilities["vllm"], runner=capabilities["runner"])
 
 
 _made_031: list[Environment] = []
@@ -91,33 +91,35 @@ def _environment_031(tmp_path_factory, wheels: list[Path]) -> Environment:
     return _made_031[0]
 
 
-def test_v2_with_speculative_decoding(model_folder, tmp_path, figure):
-    """With several rows per request and step, figures count accepted tokens, `budget` meets its
+def test_v2_with_speculative_decoding(model_folder, tmp_path, record_values):
+    """With several rows per request and step, statistics count accepted tokens, `budget` meets its
     target, and a group's texts are those of their codes."""
     flags = ("--speculative-config", NGRAM)
     with engine_running("v2_ngram", model_folder, tmp_path, *flags) as engine:
         assert get(engine, "/v1/dft/capabilities").json()["speculative_decoding"] == "ngram"
         check_field(engine)
         free = chat_body(diversity={"level": 0.01}, max_tokens=256, **LIVELY)
-        natural = _figures(gather(engine, [("/v1/chat/completions", free)] * 8))
+        natural = _entropies(gather(engine, [("/v1/chat/completions", free)] * 8))
         target = 0.9 * natural
         with_budget = free | {"diversity": {"law": "budget", "target_entropy": target}}
-        reached = _figures(gather(engine, [("/v1/chat/completions", with_budget)] * 8))
+        reached = _entropies(gather(engine, [("/v1/chat/completions", with_budget)] * 8))
         accepted = metric(engine, "vllm:spec_decode_num_accepted_tokens_total")
         assert accepted > 0, "no draft was accepted, so the test shows nothing"
         assert reached == pytest.approx(target, rel=0.1)
         group_tokens = test_groups.check(engine, 4)
-        figure(accepted_drafts=accepted, target=target, reached=reached, of_groups=group_tokens)
+        record_values(
+            accepted_drafts=accepted, target=target, reached=reached, of_groups=group_tokens
+        )
 
 
-def _figures(answers) -> float:
+def _entropies(answers) -> float:
     """The mean entropy after the field; asserts that every accepted token is counted once."""
     means = []
     for answer in answers:
         content = answer.json()
-        figures = content["diversity"]["choices"][0]
-        assert figures["tokens"] == content["usage"]["completion_tokens"] == 256
-        means.append(figures["mean_entropy_after"])
+        statistics = content["diversity"]["choices"][0]
+        assert statistics["tokens"] == content["usage"]["completion_tokens"] == 256
+        means.append(statistics["mean_entropy_after"])
     return float(np.mean(means))
 
 
@@ -137,7 +139,7 @@ def test_v1_with_speculative_decoding_refuses_the_field_with_the_reason(model_fo
         assert capabilities["active"] is False
 
 
-def test_two_ranks_agree(model_folder, tmp_path, figure):
+def test_two_ranks_agree(model_folder, tmp_path, record_values):
     """With tensor parallel size 2, seeded texts with the field are those of one rank."""
     folder = _even_heads(model_folder, tmp_path / "model")
     texts = {}
@@ -150,7 +152,7 @@ def test_two_ranks_agree(model_folder, tmp_path, figure):
             answers = gather(engine, [("/v1/chat/completions", body) for body in bodies])
             texts[ranks] = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
     same = sum(a == b for a, b in zip(texts[1], texts[2], strict=True))
-    figure(seeds=32, identical=same)
+    record_values(seeds=32, identical=same)
     # Two ranks sum in another order: a rare token may differ, a wrong rank would change all texts.
     assert same >= 30
 

@@ -22,7 +22,7 @@ BODY_BY_PATH = BASES | {f"{CHAT}/batch": BASES[CHAT] | {"messages": [BASES[CHAT]
 PARSE = {"diversity": spec.parse, "style": spec.parse_style}
 
 
-def test_random_bodies_are_answered_as_by_stock_or_refused(v1, v1_stock, figure):
+def test_random_bodies_are_answered_as_by_stock_or_refused(v1, v1_stock, record_values):
     source = random.Random(0)
     requested = [asked(source, number) for number in range(BODIES)]
     requests = [(one.path, one.body) for one in requested]
@@ -33,7 +33,7 @@ def test_random_bodies_are_answered_as_by_stock_or_refused(v1, v1_stock, figure)
             complaints.setdefault(text, []).append(_shown(one, expected, got))
     if CANARY in v1.log.read_text(errors="replace"):
         complaints["the log has a client's text"] = [str(v1.log)]
-    figure(bodies=BODIES, refused=sum(answer.status_code == 400 for answer in ours))
+    record_values(bodies=BODIES, refused=sum(answer.status_code == 400 for answer in ours))
     assert not complaints, "\n".join(
         f"{len(cases)} times: {text}, such as\n{cases[0]}" for text, cases in complaints.items()
     )
@@ -42,7 +42,7 @@ def test_random_bodies_are_answered_as_by_stock_or_refused(v1, v1_stock, figure)
 
 
 @pytest.mark.parametrize("path", BASES)
-def test_bodies_drawn_from_the_servers_schema(v1, v1_stock, path, figure):
+def test_bodies_drawn_from_the_servers_schema(v1, v1_stock, path, record_values):
     """Without the field or with a valid level the status is stock's; a wrong level gets a 400."""
     pytest.importorskip("schemathesis")
     from tests.schema_bodies import drawn
@@ -65,14 +65,16 @@ def test_bodies_drawn_from_the_servers_schema(v1, v1_stock, path, figure):
         for one, expected, got in zip(variants, stock, ours, strict=True)
         if (problem := complaint(one, expected, got))
     ]
-    figure(bodies=len(bodies), accepted=sum(answer.status_code == 200 for answer in stock))
+    record_values(bodies=len(bodies), accepted=sum(answer.status_code == 200 for answer in stock))
     assert len(bodies) == BODIES_BY_SCHEMA
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("path", routes_with_fields())
 @pytest.mark.parametrize("name", PARSE)
-def test_a_field_drawn_from_our_schema_is_honoured_or_refused_by_name(v1, path, name, figure):
+def test_a_field_drawn_from_our_schema_is_honoured_or_refused_by_name(
+    v1, path, name, record_values
+):
     pytest.importorskip("schemathesis")
     from tests.schema_bodies import drawn_values
 
@@ -84,7 +86,7 @@ def test_a_field_drawn_from_our_schema_is_honoured_or_refused_by_name(v1, path, 
         if (problem := _field_complaint(name, value, answer))
     ]
     statuses = [answer.status_code for answer in answers]
-    figure(values=len(values), honoured=statuses.count(200), refused=statuses.count(400))
+    record_values(values=len(values), honoured=statuses.count(200), refused=statuses.count(400))
     assert len(values) == VALUES
     assert set(statuses) == {200, 400}
     assert not wrong, "\n".join(wrong)

@@ -120,7 +120,7 @@ def stories(server: Server, **fields: Any) -> list[list[str]]:
     return asyncio.run(ask_all())
 
 
-def test_more_varied_than_a_low_temperature_and_fewer_errors_than_a_high_one(server, figure):
+def test_more_varied_than_a_low_temperature_and_fewer_errors_than_a_high_one(server, record_values):
     """If either did not hold, the test would pass by chance once in 1,000."""
     low = stories(server, temperature=0.5)
     field = stories(server, temperature=1.0, extra_body={"diversity": 1})
@@ -137,7 +137,7 @@ def test_more_varied_than_a_low_temperature_and_fewer_errors_than_a_high_one(ser
     fewer = stats.ttest_rel(marks(high), marks(field), alternative="greater").pvalue
     similarity_low, similarity_field = similarity(low), similarity(field)
     more = stats.ttest_rel(similarity_low, similarity_field, alternative="greater").pvalue
-    figure(
+    record_values(
         marks=[sum(marks(each)) for each in (low, field, high)],
         self_bleu=[round(float(each.mean()), 1) for each in (similarity_low, similarity_field)],
         p=[float(fewer), float(more)],
@@ -146,7 +146,7 @@ def test_more_varied_than_a_low_temperature_and_fewer_errors_than_a_high_one(ser
     assert more < 1e-3
 
 
-def test_500_seeds_at_once_leave_the_engine_alive(server, figure):
+def test_500_seeds_at_once_leave_the_engine_alive(server, record_values):
     """Some tens of them end stock vLLM 0.32 if the prompts do not all fit into one step."""
 
     async def ask_all() -> list[tuple[int, str]]:
@@ -164,7 +164,9 @@ def test_500_seeds_at_once_leave_the_engine_alive(server, figure):
     by_seed: dict[int, list[str]] = {}
     for seed, text in answers:
         by_seed.setdefault(seed, []).append(text)
-    figure(requests=len(answers), seeds=len(by_seed), texts=len({text for _, text in answers}))
+    record_values(
+        requests=len(answers), seeds=len(by_seed), texts=len({text for _, text in answers})
+    )
     assert len(answers) == 500
     # However prompts were split into steps: each seed's five requests had different neighbours.
     assert all(len(set(texts)) == 1 for texts in by_seed.values())

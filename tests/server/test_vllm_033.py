@@ -65,26 +65,26 @@ def test_the_engine_has_version_033(engine):
     assert capabilities["runner"] == ("V2" if engine.is_v2 else "V1")
 
 
-def test_off_is_off(pair, count, figure):
-    off_is_off.test_seeded_answers_are_stock_byte_for_byte(*pair, count, figure)
+def test_off_is_off(pair, count, record_values):
+    off_is_off.test_seeded_answers_are_stock_byte_for_byte(*pair, count, record_values)
 
 
-def test_wrong_values(engine, figure):
-    bad_requests.test_wrong_values_are_refused_and_good_requests_live_on(engine, figure)
+def test_wrong_values(engine, record_values):
+    bad_requests.test_wrong_values_are_refused_and_good_requests_live_on(engine, record_values)
 
 
-def test_the_law(engine, count, figure):
-    exactness.test_the_sampled_distribution_is_the_law(engine, count, figure)
+def test_the_law(engine, count, record_values):
+    exactness.test_the_sampled_distribution_is_the_law(engine, count, record_values)
 
 
-def test_surprise(engine, count, figure):
-    targeting.test_surprise_equals_the_reported_entropy(engine, 1 + count // 50, figure)
+def test_surprise(engine, count, record_values):
+    targeting.test_surprise_equals_the_reported_entropy(engine, 1 + count // 50, record_values)
 
 
 @pytest.mark.parametrize(
     ("tokens", "status"), [(16, "incomplete"), (480, "completed")], ids=["cut", "to its end"]
 )
-def test_complete_and_incomplete_responses_end_with_the_figures(engine, tokens, status):
+def test_complete_and_incomplete_responses_end_with_the_statistics(engine, tokens, status):
     if engine.is_v2 and status == "completed":
         pytest.skip("a text to its end takes minutes there")
     client = sync_client(engine)

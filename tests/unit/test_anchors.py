@@ -260,7 +260,7 @@ def float_paths(value, path=()):
     return [path] if isinstance(value, float) else []
 
 
-def test_an_edited_figure_is_detected(folder):
+def test_an_edited_value_is_detected(folder):
     original = (folder / "anchors.json").read_text()
     paths = float_paths(json.loads(original)["human"])
     assert len(paths) >= 4

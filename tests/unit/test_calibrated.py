@@ -457,7 +457,7 @@ def test_a_stored_fit_is_reused(better_source):
     assert (other.inputs != calibration.inputs, model.reads > 0) == (True, True)
 
 
-def test_the_same_seed_and_texts_give_the_same_figures(better_source):
+def test_the_same_seed_and_texts_give_the_same_weights(better_source):
     calibration, _ = make_calibrated(Chain(2, 5.0), TRAIN, HELDOUT, other=TRUTH)
     assert asdict(calibration) == asdict(better_source[0])
 

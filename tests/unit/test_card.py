@@ -164,10 +164,10 @@ def test_a_card_of_a_changed_checkpoint_is_left_alone(folder):
     assert (folder / CARD).read_text() == before
 
 
-def test_names_of_figures_and_stores_are_escaped():
+def test_names_of_metrics_and_stores_are_escaped():
     name = "a_b*c*_d_[e](f)`g`"
     run = checkpoint.Run.of(
-        {}, {"model": "base"}, steps=1, figures={f"human_nll/{name}": 1.5, "human_nll": 2.5}
+        {}, {"model": "base"}, steps=1, metrics={f"human_nll/{name}": 1.5, "human_nll": 2.5}
     )
     card = checkpoint._card(Promise(recipe=f"forward_kl toward {name}"), run)
     escaped = r"a_b\*c\*\_d\_\[e\](f)\`g\`"
@@ -180,7 +180,7 @@ def test_a_command_line_that_is_not_utf8_is_recorded(tmp_path, monkeypatch):
     """Such bytes are surrogates in Python's strings, which UTF-8 cannot encode."""
     path = os.fsdecode(b"caf\xe9.yaml")
     monkeypatch.setattr(sys, "argv", ["dftserve", "train", path])
-    run = checkpoint.Run.of({"model": path}, {}, steps=1, figures={})
+    run = checkpoint.Run.of({"model": path}, {}, steps=1, metrics={})
     checkpoint.describe(tmp_path, Promise(recipe=path), run)
     recorded = json.loads((tmp_path / checkpoint.RUN).read_text())
     assert recorded["argv"][-1] == recorded["settings"]["model"] == path

@@ -28,7 +28,7 @@ REPORT = {
         }
     ],
 }
-FIGURES = "gated 0.7 · entropy 0.52 → 1.21 nats · temperature 1.43 · 31% of tokens changed"
+STATISTICS = "gated 0.7 · entropy 0.52 → 1.21 nats · temperature 1.43 · 31% of tokens changed"
 
 
 # Commands
@@ -90,7 +90,7 @@ def test_an_invalid_diversity_is_refused(text):
 
 
 def test_the_statistics_line_of_an_answer():
-    assert statistics(REPORT) == FIGURES
+    assert statistics(REPORT) == STATISTICS
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def sent(server):
 def test_an_answer_is_streamed_and_followed_by_its_statistics():
     server = Server(STORY)
     output = talk(server, "/diversity .7", "Tell me.", options=["--temperature", "0.9"])
-    assert output.splitlines()[-2:] == ["Once upon.", FIGURES]
+    assert output.splitlines()[-2:] == ["Once upon.", STATISTICS]
     (body,) = server.bodies
     assert body["model"] == "storyteller"
     assert body["temperature"] == 0.9

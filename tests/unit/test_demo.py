@@ -21,7 +21,7 @@ from dftserve.demo.tune import PROSE
 from dftserve.gguf import sha256_of
 from tests.local_server import reply, serving
 
-FIGURES = {"mean_entropy_before": 2.0, "mean_entropy_after": 2.5, "mean_temperature": 1.4}
+STATISTICS = {"mean_entropy_before": 2.0, "mean_entropy_after": 2.5, "mean_temperature": 1.4}
 
 
 def marked(texts: list[str], kind: str) -> list[list[str]]:
@@ -60,7 +60,7 @@ def test_the_page_contains_every_character_and_nothing_unescaped(texts):
 
 def answers(text: str = "A text that is here.") -> list[ask.Answer]:
     return [
-        ask.Answer(prompt, level, seed, f"{text} {seed}", 9, FIGURES if level else {})
+        ask.Answer(prompt, level, seed, f"{text} {seed}", 9, STATISTICS if level else {})
         for prompt in ask.PROMPTS
         for level in ask.LEVELS
         for seed in range(1, ask.TIMES + 1)
@@ -86,7 +86,7 @@ def test_each_question_is_sent_once_and_without_the_field_for_stock():
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         bodies.append(body)
         message = {"role": "assistant", "content": f" {body['messages'][0]['content']} "}
-        statistics = {"diversity": {"choices": [FIGURES]}} if "diversity" in body else {}
+        statistics = {"diversity": {"choices": [STATISTICS]}} if "diversity" in body else {}
         response = {
             "id": "1",
             "object": "chat.completion",
@@ -109,7 +109,7 @@ def test_each_question_is_sent_once_and_without_the_field_for_stock():
         ask.LEVELS, expected // len(ask.LEVELS)
     )
     assert all(each.text == each.prompt for each in results)
-    assert all(bool(each.figures) == (each.level is not None) for each in results)
+    assert all(bool(each.statistics) == (each.level is not None) for each in results)
 
 
 def test_terminal_and_page_show_every_level():

@@ -51,11 +51,11 @@ def request_grid(**changes) -> RequestGrid:
     return RequestGrid(**{**values, **changes})
 
 
-def answers(texts: list[str], level: int, figures=None) -> list[Answer]:
-    return [Answer(level, i, 0, text, "stop", 200 + i, figures) for i, text in enumerate(texts)]
+def answers(texts: list[str], level: int, statistics=None) -> list[Answer]:
+    return [Answer(level, i, 0, text, "stop", 200 + i, statistics) for i, text in enumerate(texts)]
 
 
-FIGURES = {
+STATISTICS = {
     "mean_entropy_before": 1.0,
     "mean_entropy_after": 1.5,
     "mean_temperature": 1.2,
@@ -68,7 +68,7 @@ def result(anchors, instruments):
     """Half of the answers at level 0 are one text; those at level .5 are like human text."""
     people = human_like(TEXTS, seed=7)
     same = [people[0]] * (TEXTS // 2) + people[: TEXTS // 2]
-    replies = [*answers(same, 0), *answers(people, 1, FIGURES)]
+    replies = [*answers(same, 0), *answers(people, 1, STATISTICS)]
     return assess(request_grid(), replies, anchors, "digest", instruments)
 
 
@@ -589,13 +589,13 @@ def test_the_score_does_not_depend_on_the_order_of_the_answers(anchors, instrume
 
 
 @pytest.mark.long
-def test_a_thousand_texts_of_five_hundred_words(tmp_path, figure):
+def test_a_thousand_texts_of_five_hundred_words(tmp_path, record_values):
     """In a minute and 2 GB, by the cost that the report has; in separate processes."""
     for step in ("build", "measure"):
         code = f"from tests.unit.test_evaluation import {step}; {step}({str(tmp_path)!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
     cost = json.loads((tmp_path / "result.json").read_text())["cost"]
-    figure(seconds=cost["seconds_scoring"], peak_gigabytes=cost["peak_bytes"] / 1e9)
+    record_values(seconds=cost["seconds_scoring"], peak_gigabytes=cost["peak_bytes"] / 1e9)
     assert cost["seconds_scoring"] < 60
     assert cost["peak_bytes"] < 2e9
 

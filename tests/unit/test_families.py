@@ -59,7 +59,7 @@ def test_a_refused_family_has_the_reason_that_a_user_sees(tmp_path):
     assert "is not causal" in found.reason
 
 
-def test_a_trained_family_has_its_figures(tmp_path):
+def test_a_trained_family_has_its_metrics(tmp_path):
     """Run as by the command: the stored results do not test its code."""
     found = families.row_of("llama", tmp_path)
     assert found.outcome == "packed", found.reason

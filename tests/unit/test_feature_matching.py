@@ -459,9 +459,9 @@ def weights_of(final: Path) -> dict[str, torch.Tensor]:
 def test_a_run_reports_the_distance_and_its_weights_differ_from_those_without(run, tmp_path):
     final = train(run)
     report = json.loads((final / "run.json").read_text())
-    assert 0 < report["figures"]["feature_distance"] < 4
+    assert 0 < report["metrics"]["feature_distance"] < 4
     without = train(replace(run, feature_matching=None, output=str(tmp_path / "without")))
-    assert "feature_distance" not in json.loads((without / "run.json").read_text())["figures"]
+    assert "feature_distance" not in json.loads((without / "run.json").read_text())["metrics"]
     ours, theirs = weights_of(final), weights_of(without)
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -73,11 +73,11 @@ def test_measures_of_three_texts(bench):
     story = grammar.generate(random.Random(0), FOX).text
     samples = samples_of(bench, FOX, [story, story, story + " "])
     samples += samples_of(bench, FOX, [story], ended=False)
-    figures = bench.measure(samples, np.ones((1, 4)))
-    assert figures["validity"] == pytest.approx([0.5])
-    assert figures["distinct_valid"] == pytest.approx([250])
-    assert figures["openings"] == pytest.approx([250])
-    assert figures["entropy"] == pytest.approx([1.0])
+    measures = bench.measure(samples, np.ones((1, 4)))
+    assert measures["validity"] == pytest.approx([0.5])
+    assert measures["distinct_valid"] == pytest.approx([250])
+    assert measures["openings"] == pytest.approx([250])
+    assert measures["entropy"] == pytest.approx([1.0])
 
 
 def test_an_interval_is_centred_on_its_estimate(bench):

@@ -240,7 +240,7 @@ def test_other_settings_in_force_are_refused(found, message):
 
 
 def test_the_settings_in_force_may_have_additional_fields():
-    """The client's own min_p, what was dropped, the figures."""
+    """The client's own min_p, what was dropped, the statistics."""
     found = parse(0.5).as_dict() | {"min_p": 0.1, "dropped": {"top_p": 0.9}, "choices": [None]}
     check({"diversity": 0.5}, {"diversity": found})
     check({"diversity": 0}, {})

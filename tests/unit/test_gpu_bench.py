@@ -66,7 +66,7 @@ def test_the_exactness_stage_detects_a_wrong_law(monkeypatch):
         gpu.exactness(torch.device("cpu"), size)
 
 
-def test_the_table_has_a_line_for_every_figure_and_every_failure():
+def test_the_table_has_a_line_for_every_result_and_every_failure():
     table = importlib.import_module("gpu_table").table
     found = {"ratio": 1.2, "interval": [1.1, 1.3]}
     document = {

@@ -41,10 +41,10 @@ def carried_by(made: PromptContext):
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_request_keeps_the_identity_that_it_was_given(count):
     made = prompt(count)
-    names, have_figures = submit(carried_by(made), count)
+    names, have_statistics = submit(carried_by(made), count)
     assert [name.partition(".")[0] for name in names] == [made.identity] * count
     assert len(set(names)) == count
-    assert have_figures == [True] * count
+    assert have_statistics == [True] * count
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -52,9 +52,9 @@ def test_an_identity_in_use_is_replaced(count):
     """A render route's answer sent twice, or the identity of a running stream."""
     made = prompt(count)
     first, _ = submit(carried_by(made), count)
-    second, have_figures = submit(carried_by(made), count)
+    second, have_statistics = submit(carried_by(made), count)
     assert len({*first, *second}) == 2 * count
-    assert have_figures == [False] * count
+    assert have_statistics == [False] * count
 
 
 def test_an_identity_of_an_ended_request_is_replaced():
@@ -68,12 +68,12 @@ def test_an_identity_of_an_ended_request_is_replaced():
 def test_an_identity_with_an_invalid_choice_suffix_is_replaced(suffix):
     made = prompt()
     foreign = {**made.carried(), IDENTITY: f"{made.identity}{suffix}"}
-    (name,), have_figures = submit(foreign)
+    (name,), have_statistics = submit(foreign)
     if suffix == ".":  # Equivalent to the identity without a suffix.
-        assert have_figures == [True]
+        assert have_statistics == [True]
         return
     assert name != foreign[IDENTITY]
-    assert have_figures == [False]
+    assert have_statistics == [False]
     assert submit(carried_by(made))[1] == [True]
 
 

@@ -53,10 +53,10 @@ def test_every_token_is_scored_as_by_the_plain_loop(tmp_path, family, window, st
     size = sum(len(each.encode()) for each in texts)
     assert bits_of(texts, nats).value == pytest.approx(bits / size, abs=1e-5)
     flat = np.concatenate(expected)
-    figures = surprisal_of(nats)
-    assert figures.mean.value == pytest.approx(flat.mean(), abs=1e-5)
-    assert figures.sd.value == pytest.approx(flat.std(), abs=1e-5)
-    assert figures.tokens == len(flat)
+    surprisal = surprisal_of(nats)
+    assert surprisal.mean.value == pytest.approx(flat.mean(), abs=1e-5)
+    assert surprisal.sd.value == pytest.approx(flat.std(), abs=1e-5)
+    assert surprisal.tokens == len(flat)
 
 
 def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
@@ -69,10 +69,10 @@ def test_a_uniform_model_needs_log2_V_bits_a_token(tmp_path):
     bits = bits_of(texts, nats)
     size = sum(len(each.encode()) for each in texts)
     assert bits.value == pytest.approx(50 * math.log2(VOCABULARY) / size, rel=1e-6)
-    figures = surprisal_of(nats)
-    assert figures.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
-    assert figures.sd.value == pytest.approx(0, abs=1e-6)
-    assert figures.mean.high - figures.mean.low < 1e-5
+    surprisal = surprisal_of(nats)
+    assert surprisal.mean.value == pytest.approx(math.log(VOCABULARY), rel=1e-6)
+    assert surprisal.sd.value == pytest.approx(0, abs=1e-6)
+    assert surprisal.mean.high - surprisal.mean.low < 1e-5
 
 
 cases = st.lists(st.integers(1, 30), min_size=1, max_size=6)

@@ -1,4 +1,4 @@
-"""Training on several weighted target stores: the order of rows, a run's figures, and refusals."""
+"""Training on several weighted target stores: the order of rows, a run's metrics, and refusals."""
 
 import json
 import re
@@ -238,7 +238,7 @@ def test_if_all_rows_have_trained_tokens_none_is_left_out_or_moved(folder, packi
 
 
 @pytest.mark.parametrize("mixes", [True, False])
-def test_with_long_prompts_no_step_and_no_figure_is_without_trained_tokens(
+def test_with_long_prompts_no_step_and_no_metric_is_without_trained_tokens(
     run, folder, tmp_path, mixes
 ):
     """A batch that is one window of a prompt has none."""
@@ -246,8 +246,8 @@ def test_with_long_prompts_no_step_and_no_figure_is_without_trained_tokens(
     chat = StoreConfig(path=str(tmp_path / "chat"), weight=0.3)
     targets = (*mixed(folder, stories=0.7), chat) if mixes else (chat,)
     config = replace(run, targets=targets, packing=False, evaluate_tokens=40, batch_size=1)
-    figures = json.loads((train(config) / checkpoint.RUN).read_text())["figures"]
-    assert all(value > 0 for name, value in figures.items() if "nll" in name)
+    metrics = json.loads((train(config) / checkpoint.RUN).read_text())["metrics"]
+    assert all(value > 0 for name, value in metrics.items() if "nll" in name)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -334,11 +334,11 @@ def test_a_list_of_one_store_trains_exactly_as_its_path(run, folder, tmp_path):
     path = replace(run, targets=str(folder / "stories"), output=str(tmp_path / "path"))
     one = replace(run, targets=mixed(folder, stories=0.2), output=str(tmp_path / "one"))
     assert_same(train(path), train(one))
-    figures = [
-        json.loads((tmp_path / name / "final" / checkpoint.RUN).read_text())["figures"]
+    metrics = [
+        json.loads((tmp_path / name / "final" / checkpoint.RUN).read_text())["metrics"]
         for name in ("path", "one")
     ]
-    assert figures[0] == figures[1]
+    assert metrics[0] == metrics[1]
     shutil.rmtree(tmp_path / "path" / "final")
     with RunFolder(replace(one, output=path.output)):
         pass  # The list can resume the run of the path.
@@ -372,13 +372,13 @@ def test_a_run_resumed_in_its_second_epoch_gives_exactly_the_same_weights(run, t
     assert_same(train(halves), whole)
 
 
-def test_a_mixed_run_reports_its_stores_and_the_figures_of_each(run, folder, capsys):
+def test_a_mixed_run_reports_its_stores_and_the_metrics_of_each(run, folder, capsys):
     final = train(run)
     record = json.loads((final / checkpoint.RUN).read_text())
-    figures = record["figures"]
-    each = [figures[f"human_nll/{name}"] for name in ("stories", "answers")]
-    assert figures["human_nll"] == pytest.approx(0.7 * each[0] + 0.3 * each[1], rel=1e-9)
-    assert figures["untouched_human_nll/stories"] > 0
+    metrics = record["metrics"]
+    each = [metrics[f"human_nll/{name}"] for name in ("stories", "answers")]
+    assert metrics["human_nll"] == pytest.approx(0.7 * each[0] + 0.3 * each[1], rel=1e-9)
+    assert metrics["untouched_human_nll/stories"] > 0
     assert (
         record["data"]["targets"].keys()
         == record["data"]["corpus"].keys()
@@ -393,22 +393,22 @@ def test_a_mixed_run_reports_its_stores_and_the_figures_of_each(run, folder, cap
     assert re.search(r"^  answers: \d\.\d+; \d\.\d+ before training\.$", printed, re.MULTILINE)
 
 
-def test_each_stores_figure_equals_that_of_the_store_alone(run, folder):
+def test_each_stores_metric_equals_that_of_the_store_alone(run, folder):
     prepared = prepare(run)
     both = make_trainer(run, prepared.loaded.model, prepared.material).evaluate()
     for name in ("stories", "answers"):
         config = replace(run, targets=str(folder / name))
         alone = make_trainer(config, prepared.loaded.model, read(config)).evaluate()
-        figure = both[f"eval_human_nll/{name}"]
-        assert figure == pytest.approx(alone["eval_human_nll"], rel=1e-6)
+        metric = both[f"eval_human_nll/{name}"]
+        assert metric == pytest.approx(alone["eval_human_nll"], rel=1e-6)
 
 
-def test_auto_compares_by_the_weighted_figure(run):
+def test_auto_compares_by_the_weighted_metric(run):
     prepared = prepare(run)
     trainer = make_trainer(run, prepared.loaded.model, prepared.material)
-    figure = trainer.evaluate()["eval_human_nll"]
+    metric = trainer.evaluate()["eval_human_nll"]
     nats, tokens = (sum(column) for column in zip(*trainer.batch_nll, strict=True))
-    assert nats / tokens == pytest.approx(figure, rel=1e-9)
+    assert nats / tokens == pytest.approx(metric, rel=1e-9)
     assert sum(trainer.batches_of_stores) == len(trainer.batch_nll)
     assert len(trainer.batches_of_stores) == 2
 
@@ -636,7 +636,7 @@ def test_a_few_equal_texts_do_not_refuse_stores(capsys, shared):
             _check_splits(stores)
     else:
         _check_splits(stores)
-    assert ("figures on held-out text include them" in capsys.readouterr().err) == (shared == 2)
+    assert ("metrics on held-out text include them" in capsys.readouterr().err) == (shared == 2)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -672,16 +672,16 @@ def test_a_run_does_not_resume_with_other_stores_or_weights(run, folder, other, 
 
 
 def test_a_mixed_run_resumes_after_its_stores_were_moved(run, folder, tmp_path):
-    """It keeps the stores' first names, which its earlier figures have."""
+    """It keeps the stores' first names, which its earlier metrics have."""
     whole = train(replace(run, output=str(tmp_path / "whole")))
     train_until(run, 4)
     shutil.copytree(folder / "stories", tmp_path / "answers")
     shutil.copytree(folder / "answers", tmp_path / "moved")
     final = train(replace(run, targets=mixed(tmp_path, answers=0.7, moved=0.3)))
     assert_same(final, whole)
-    figures, data = (
+    metrics, data = (
         [json.loads((each / checkpoint.RUN).read_text())[what] for each in (final, whole)]
-        for what in ("figures", "data")
+        for what in ("metrics", "data")
     )
-    assert figures[0] == figures[1]
+    assert metrics[0] == metrics[1]
     assert data[0] == data[1]

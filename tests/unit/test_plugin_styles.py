@@ -264,12 +264,22 @@ def answer_of(**fields) -> tuple[RequestContext, dict]:
 
 def test_the_answer_reports_the_styles_statistics(configured):
     _, members = answer_of(style="small", n=2)
-    figures = {"tokens": 10, "mean_kl": 0.02, "effective_strength": 0.8, "phrases_held_back": 3.0}
+    statistics = {
+        "tokens": 10,
+        "mean_kl": 0.02,
+        "effective_strength": 0.8,
+        "phrases_held_back": 3.0,
+    }
     assert members == {
-        "style": {"name": "small", "strength": 1.0, "max_kl": 0.05, "choices": [figures, figures]}
+        "style": {
+            "name": "small",
+            "strength": 1.0,
+            "max_kl": 0.05,
+            "choices": [statistics, statistics],
+        }
     }
     _, members = answer_of(style="small", diversity=0.5)
-    assert members["style"]["choices"] == [figures]
+    assert members["style"]["choices"] == [statistics]
     assert members["diversity"]["level"] == 0.5
     assert set(members["diversity"]["choices"][0]) == {
         *("tokens", "mean_entropy_before", "mean_entropy_after"),

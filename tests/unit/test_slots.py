@@ -69,8 +69,8 @@ def test_only_accepted_tokens_change_the_level_and_the_means(seed, rows_per_requ
         )
         expected = [replay(accepted[row[0]], target) for row in rows]
         torch.testing.assert_close(steered.level_R, torch.tensor(expected), atol=1e-4, rtol=1e-4)
-        figures = statistics_of([row[4] for row in rows])
-        slots.stage_step(slot_R, position_R, offset_R, samples_R, figures)
+        statistics = statistics_of([row[4] for row in rows])
+        slots.stage_step(slot_R, position_R, offset_R, samples_R, statistics)
     for slot in range(3):
         total = accepted[slot] + waiting[slot][:1]
         means = slots.read(slot).means(len(total))

@@ -69,7 +69,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_passing_figures_break_no_promise(name):
+def test_passing_results_break_no_promise(name):
     assert broken_promises(name, {"result": PASSING[name], "died": []}) == []
 
 
@@ -142,7 +142,7 @@ def table_of(name, result):
         ("overload", ["/health 990 ms", "stock's: 60 × 200; /health 1500 ms"]),
     ],
 )
-def test_the_table_compares_our_figures_with_stocks(name, parts):
+def test_the_table_compares_our_results_with_stocks(name, parts):
     without_stock = {key: value for key, value in PASSING[name].items() if key != "stock"}
     assert all(part in table_of(name, PASSING[name]) for part in parts)
     assert "stock's" not in table_of(name, without_stock).split("| asked")[1]

@@ -16,7 +16,7 @@ CONNECTORS = st.none() | st.dictionaries(st.text(max_size=4), st.integers(), max
 
 
 def snapshot(nan_rows: int = 0) -> Snapshot:
-    """Every figure of slot s is s, so that a row identifies its slot."""
+    """Every statistic of slot s is s, so that a row identifies its slot."""
     layout = StatisticsLayout(SLOTS, ROWS)
     block = layout.zeros("cpu").numpy()
     invalid, tokens_S, sums_SF, _ = layout.arrays(block)

@@ -109,11 +109,11 @@ def step_of(rows, *, without=()):
 
 
 def restyle(stage, profiles, rows, logits_RV, **others):
-    """The rows after the stage, and their figures."""
+    """The rows after the stage, and their statistics."""
     after_RV, step = logits_RV.clone(), step_of(rows, **others)
     slots = SLOTS(len(rows), 1 + max(row.drafts for row in rows), "cpu")
-    figures_RF = stage(StyleTables.of(profiles))(after_RV, step, slots)
-    return after_RV, figures_RF.clone()
+    style_stats_RF = stage(StyleTables.of(profiles))(after_RV, step, slots)
+    return after_RV, style_stats_RF.clone()
 
 
 @st.composite
@@ -172,7 +172,7 @@ def test_the_result_equals_the_formula_in_fp64(stage, batch):
     logits_RV, profiles, rows = batch
     divisor_R1 = torch.tensor([row.divisor for row in rows], dtype=torch.float64)[:, None]
     given_RV = (logits_RV.double() / divisor_R1).float()
-    after_RV, figures_RF = restyle(stage, profiles, rows, given_RV)
+    after_RV, style_stats_RF = restyle(stage, profiles, rows, given_RV)
     for r, row in enumerate(rows):
         arrived_V = (given_RV[r].double() * divisor_R1[r]).numpy()
         expected = expected_of(row, profiles[row.style.profile], arrived_V)
@@ -185,7 +185,7 @@ def test_the_result_equals_the_formula_in_fp64(stage, batch):
         assert (np.isinf(got_V) == np.isinf(expected.log_p_V)).all()
         likely_V = expected.log_p_V > -25
         tolerance = max(LOG_PROBABILITY, 4 * resolution)
-        kl, tilt_kl, held_back, strength = figures_RF[r].tolist()
+        kl, tilt_kl, held_back, strength = style_stats_RF[r].tolist()
         # A reduced strength is found by false position, so it is approximate.
         tolerance += 20 * abs(strength - expected.strength)
         np.testing.assert_allclose(got_V[likely_V], expected.log_p_V[likely_V], atol=tolerance)
@@ -230,11 +230,11 @@ def test_a_style_without_effect_leaves_the_bits_of_every_kept_token(stage):
     idle = toy_profile([(0, 1)], {}, 257)
     for profile, strength in ((idle, 1.0), (idle, 0.3), (random_profile(5, 257), 0.0)):
         rows = [Row([0], strength=strength, temperature=0.7) for _ in logits_RV]
-        after_RV, figures_RF = restyle(stage, [profile], rows, logits_RV)
+        after_RV, style_stats_RF = restyle(stage, [profile], rows, logits_RV)
         kept_RV = after_RV > -torch.inf
         assert torch.equal(after_RV[kept_RV], logits_RV[kept_RV])
         assert kept_RV.any(dim=1).all()
-        assert not figures_RF[:, :3].any()
+        assert not style_stats_RF[:, :3].any()
 
 
 @STAGES
@@ -243,13 +243,15 @@ def test_rows_without_a_style_and_invalid_ones_keep_their_bits(stage):
     logits_RV[3, 7] = torch.nan
     logits_RV[4] = -torch.inf
     rows = [Row([0, 1]) for _ in logits_RV]
-    after_RV, figures_RF = restyle(stage, [random_profile(1, 64)], rows, logits_RV, without=(1,))
+    after_RV, style_stats_RF = restyle(
+        stage, [random_profile(1, 64)], rows, logits_RV, without=(1,)
+    )
     is_same = [
         torch.equal(a.view(torch.int32), b.view(torch.int32))
         for a, b in zip(after_RV, logits_RV, strict=True)
     ]
     assert is_same == [False, True, False, True, True]
-    assert figures_RF.any(dim=1).tolist() == [True, False, True, False, False]
+    assert style_stats_RF.any(dim=1).tolist() == [True, False, True, False, False]
 
 
 @STAGES
@@ -273,12 +275,12 @@ def test_content_far_below_a_stop_token_has_no_nan(stage, lead):
         for max_kl in (0.0, 0.05)
     ]
     logits_RV = torch.stack([row_V / row.divisor for row in rows])
-    after_RV, figures_RF = restyle(stage, [profile], rows, logits_RV)
+    after_RV, style_stats_RF = restyle(stage, [profile], rows, logits_RV)
     expected_RV, expected_RF = restyle(PlainStyleStage, [profile], rows, logits_RV)
     assert not after_RV.isnan().any()
     assert torch.equal(after_RV > -torch.inf, expected_RV > -torch.inf)
     # Without the strength, which is undetermined where the divergence is 0 but for rounding.
-    torch.testing.assert_close(figures_RF[:, :3], expected_RF[:, :3], atol=NATS, rtol=1e-3)
+    torch.testing.assert_close(style_stats_RF[:, :3], expected_RF[:, :3], atol=NATS, rtol=1e-3)
     is_content_V = torch.arange(64) != stop
     for r, row in enumerate(rows):
         got_V, expected_V = (
@@ -301,8 +303,8 @@ def test_the_divergence_of_a_tilt_grows_with_its_strength(stage, seed):
     row_RV = make_rows(["gaussian"], 64, seed)
     costs = []
     for strength in np.linspace(0, 1, 6).tolist():
-        _, figures_RF = restyle(stage, [tilt], [Row([1], strength=strength)], row_RV)
-        costs.append(figures_RF[0, 1].item())
+        _, style_stats_RF = restyle(stage, [tilt], [Row([1], strength=strength)], row_RV)
+        costs.append(style_stats_RF[0, 1].item())
     assert (np.diff(costs) >= -1e-5).all()
 
 
@@ -365,7 +367,7 @@ def test_the_law_keeps_the_support_and_the_stop_tokens_of_the_style():
     profile, logits_RV = random_profile(7, 64), make_rows(["gaussian", "zipf"], 64, seed=2)
     for diversity in (OFF, parse(0.8), parse({"law": "dynatemp", "dynatemp_range": 0.5})):
         rows = [Row([0, 1], diversity=diversity, stop_ids=frozenset({3})) for _ in logits_RV]
-        styled_RV, figures_RF = restyle(PlainStyleStage, [profile], rows, logits_RV)
+        styled_RV, style_stats_RF = restyle(PlainStyleStage, [profile], rows, logits_RV)
         backend, after_RV, slots = TorchBackend("cpu"), logits_RV.clone(), Slots(2, 1, "cpu")
         stage = PlainStyleStage(StyleTables.of([profile]))
         transform_step(after_RV, step_of(rows), slots, backend, stage)
@@ -373,7 +375,7 @@ def test_the_law_keeps_the_support_and_the_stop_tokens_of_the_style():
         assert torch.equal(p_RV > 0, q_RV > 0)
         torch.testing.assert_close(p_RV[:, 3], q_RV[:, 3], atol=1e-6, rtol=1e-4)
         assert torch.allclose(p_RV, q_RV, atol=1e-5) == diversity.is_off
-        assert torch.equal(slots.read(1).waiting_KF[0, KL:], figures_RF[1])
+        assert torch.equal(slots.read(1).waiting_KF[0, KL:], style_stats_RF[1])
 
 
 @not_interpreted
@@ -382,13 +384,13 @@ def test_the_law_keeps_the_support_and_the_stop_tokens_of_the_style():
 def test_a_law_on_the_listed_tokens_equals_the_law_on_the_whole_row(batch):
     logits_RV, profiles, rows = batch
     stage, step, count = NumbaStyleStage(StyleTables.of(profiles)), step_of(rows), len(rows)
-    figures_RF = stage(logits_RV, step, NumbaSlots(count, 1, "cpu"))
+    style_stats_RF = stage(logits_RV, step, NumbaSlots(count, 1, "cpu"))
     for r in range(count):
         listed_L = listed(stage, r)
         assert not listed_L or listed_L == (logits_RV[r] > -math.inf).nonzero().flatten().tolist()
     whole_RV, few_RV = logits_RV.clone(), logits_RV.clone()
     for finite_tokens, after_RV in ((None, whole_RV), (stage.finite_tokens, few_RV)):
-        law_step = replace(step, figures_RF=figures_RF, finite_tokens=finite_tokens)
+        law_step = replace(step, style_stats_RF=style_stats_RF, finite_tokens=finite_tokens)
         NumbaBackend("cpu").step(after_RV, law_step, NumbaSlots(count, 1, "cpu"))
     torch.testing.assert_close(few_RV, whole_RV, atol=1e-4, rtol=1e-4, equal_nan=True)
 
@@ -398,11 +400,11 @@ def test_a_law_after_the_kernel_neither_reads_nor_writes_cut_tokens():
     rows = [Row([0, 1], diversity=parse(0.5), stop_ids=frozenset({3})) for _ in range(2)]
     logits_RV = 5.0 * torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
     stage, step = NumbaStyleStage(StyleTables.of([random_profile(7, 64)])), step_of(rows)
-    figures_RF = stage(logits_RV, step, NumbaSlots(2, 1, "cpu"))
+    style_stats_RF = stage(logits_RV, step, NumbaSlots(2, 1, "cpu"))
     cut_RV = logits_RV == -math.inf
     assert [len(listed(stage, r)) for r in range(2)] == (~cut_RV).sum(dim=1).tolist()
     logits_RV[cut_RV] = math.nan
-    law_step = replace(step, figures_RF=figures_RF, finite_tokens=stage.finite_tokens)
+    law_step = replace(step, style_stats_RF=style_stats_RF, finite_tokens=stage.finite_tokens)
     statistics = NumbaBackend("cpu").step(logits_RV, law_step, NumbaSlots(2, 1, "cpu"))
     assert statistics.valid_R.all()
     assert torch.equal(logits_RV.isnan(), cut_RV)
@@ -417,9 +419,9 @@ def listed(stage, r):
 def test_a_stage_that_disagrees_with_plain_torch_is_not_used(monkeypatch, caplog):
     class Wrong(PlainStyleStage):
         def __call__(self, logits_XV, step, slots):
-            figures_RF = super().__call__(logits_XV, step, slots)
+            style_stats_RF = super().__call__(logits_XV, step, slots)
             logits_XV[3] += 0.1
-            return figures_RF
+            return style_stats_RF
 
     profiles = [random_profile(3, 64)]
     assert isinstance(get_style_stage("cpu", profiles), NumbaStyleStage)
@@ -448,11 +450,11 @@ def test_a_phrase_gets_its_human_rate_and_nothing_else_changes(stage):
     phrase_rate = {}
     for strength in (1.0, 0.5):
         rows = [Row(text, diversity=widest, strength=strength) for text in texts]
-        after_RV, figures_RF = restyle(stage, [profile], rows, logits_RV)
+        after_RV, style_stats_RF = restyle(stage, [profile], rows, logits_RV)
         q_UUV = after_RV.double().softmax(dim=1).reshape(chain.p_UUV.shape).numpy()
         phrase_rate[strength], orphan, innocent = chain.rates(q_UUV)
         pairs_UU = chain.stationary(q_UUV)
-        kl, _, held_back, _ = (pairs_UU.reshape(-1, 1) * figures_RF.numpy()).sum(axis=0)
+        kl, _, held_back, _ = (pairs_UU.reshape(-1, 1) * style_stats_RF.numpy()).sum(axis=0)
         assert orphan == pytest.approx(before[1], rel=0.05)
         assert innocent == pytest.approx(before[2], rel=0.05)
         assert kl < 0.006

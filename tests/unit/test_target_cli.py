@@ -167,11 +167,11 @@ def test_the_html_page_has_no_scripts_and_no_external_resources(tmp_path, novels
 
 
 def test_markup_and_control_characters_are_escaped_in_reports():
-    figures = report.Figures(1, 1, 1, 0.5, 0.1, 0.2, 0.0, (1, 0))
+    statistics = report.SplitStatistics(1, 1, 1, 0.5, 0.1, 0.2, 0.0, (1, 0))
     position = report.Position(MARKUP, 0.5, ((MARKUP, 0.5),), 0.7)
     plan = {"k": 6, "draws": 6, "tail": "sampled", "seed": 0, "name": MARKUP}
     summary = report.Summary(
-        MARKUP, plan, 52.0, {"train": figures}, (report.Example(MARKUP, (position,)),)
+        MARKUP, plan, 52.0, {"train": statistics}, (report.Example(MARKUP, (position,)),)
     )
     assert "<script>" not in report.as_html(summary)
     assert "\x1b" not in report.as_text(summary).replace(MARKUP, "", 1)

@@ -9,7 +9,7 @@ from dftserve.spec import MOST_TRACED, parse
 
 ROWS = 3
 """Rows of a request in a step: two draft tokens, and the token after them."""
-figures = st.floats(0, 10, width=32)
+statistics = st.floats(0, 10, width=32)
 
 
 @st.composite
@@ -20,18 +20,18 @@ def steps(draw):
     waiting = [[0.0] * COLUMNS for _ in range(ROWS)]
     expected = []
     for row_F in waiting:
-        values = draw(st.tuples(figures, figures, figures, figures))
+        values = draw(st.tuples(statistics, statistics, statistics, statistics))
         row_F[COUNT] = float(draw(st.booleans()))
         row_F[BEFORE], row_F[AFTER], row_F[TEMPERATURE], row_F[CHANGED] = values
         expected.append([round(value, 4) for value in values] if row_F[COUNT] else [None] * 4)
-    sums = draw(st.lists(figures, min_size=1 + COLUMNS, max_size=1 + COLUMNS))
+    sums = draw(st.lists(statistics, min_size=1 + COLUMNS, max_size=1 + COLUMNS))
     if draw(st.booleans()):
         return None, produced, [[None] * 4] * produced
     return [*sums, *(value for row_F in waiting for value in row_F)], produced, expected[:produced]
 
 
 @given(st.lists(steps(), max_size=8), st.integers(1, 12))
-def test_each_token_has_the_figures_of_its_row(drawn, most):
+def test_each_token_has_the_statistics_of_its_row(drawn, most):
     trace = Trace(most)
     for row_X, produced, _ in drawn:
         trace.add(row_X, produced)

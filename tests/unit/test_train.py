@@ -262,15 +262,15 @@ EVALUATED = """
     trainer = make_trainer(config, prepared.loaded.model, prepared.material)
     trainer.train()
     assert trainer.is_fsdp_enabled is config.fsdp
-    figures = trainer.evaluate()
+    metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         batches = [nats for nats, _ in trainer.batch_nll]
-        Path(sys.argv[2]).write_text(json.dumps({"figures": figures, "batches": batches}))
+        Path(sys.argv[2]).write_text(json.dumps({"metrics": metrics, "batches": batches}))
 """
 
 
 @pytest.mark.long
-def test_fsdp_in_bf16_rounds_neither_targets_nor_evaluation_figures(run, tmp_path):
+def test_fsdp_in_bf16_rounds_neither_targets_nor_evaluation_metrics(run, tmp_path):
     script = tmp_path / "evaluated.py"
     script.write_text(textwrap.dedent(EVALUATED))
     results = {}
@@ -279,10 +279,10 @@ def test_fsdp_in_bf16_rounds_neither_targets_nor_evaluation_figures(run, tmp_pat
         save_config(config, tmp_path / f"{name}.yaml")
         run_processes(2, script, tmp_path / f"{name}.yaml", tmp_path / f"{name}.json")
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    figures, whole = results["fsdp"]["figures"], results["ddp"]["figures"]
+    metrics, whole = results["fsdp"]["metrics"], results["ddp"]["metrics"]
     # It depends on the targets alone, not on the model.
-    assert figures["eval_target_entropy"] == pytest.approx(whole["eval_target_entropy"], rel=1e-6)
-    assert figures["eval_human_nll"] == pytest.approx(whole["eval_human_nll"], rel=1e-3)
+    assert metrics["eval_target_entropy"] == pytest.approx(whole["eval_target_entropy"], rel=1e-6)
+    assert metrics["eval_human_nll"] == pytest.approx(whole["eval_human_nll"], rel=1e-3)
     nats_B = torch.tensor(results["fsdp"]["batches"])
     assert (nats_B.bfloat16() != nats_B).any()
 
@@ -402,7 +402,7 @@ def test_an_interrupted_run_of_two_processes_equals_an_uninterrupted_one_and_one
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     one = train(replace(run, batch_size=4, output=str(tmp_path / "one")))
     alone, together = (
-        json.loads((each / checkpoint.RUN).read_text())["figures"]["human_nll"]
+        json.loads((each / checkpoint.RUN).read_text())["metrics"]["human_nll"]
         for each in (one, whole / "final")
     )
     assert together == pytest.approx(alone, rel=1e-4)
@@ -421,8 +421,8 @@ def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run):
     assert len(promise.model_deciles) == 9
     record = json.loads((final / checkpoint.RUN).read_text())
     assert record["settings"]["learning_rate"] == 1e-2
-    assert record["figures"]["human_nll"] > 0
-    assert record["figures"]["untouched_human_nll"] > 0
+    assert record["metrics"]["human_nll"] > 0
+    assert record["metrics"]["untouched_human_nll"] > 0
     assert record["versions"]["torch"] == torch.__version__
     with pytest.raises(ValueError, match="this run is finished"):
         train(run)
@@ -434,9 +434,9 @@ def test_the_untrained_model_is_scored_first_and_a_worse_result_warns(run, capsy
     untouched = trainer.evaluate()["eval_human_nll"]
     config = replace(run, divergence=DivergenceConfig(name="sft"), schedule="constant")
     final = train(replace(config, learning_rate=0.3))
-    figures = json.loads((final / checkpoint.RUN).read_text())["figures"]
-    assert figures["untouched_human_nll"] == pytest.approx(untouched, rel=1e-6)
-    assert figures["human_nll"] > untouched, "a rate that ruins the model"
+    metrics = json.loads((final / checkpoint.RUN).read_text())["metrics"]
+    assert metrics["untouched_human_nll"] == pytest.approx(untouched, rel=1e-6)
+    assert metrics["human_nll"] > untouched, "a rate that ruins the model"
     messages = capsys.readouterr().err
     assert f"{untouched:.4f} before training" in messages
     assert "Warning: the trained model is worse" in messages
@@ -454,7 +454,7 @@ def test_the_best_checkpoint_is_final_if_the_last_is_worse(run, keep):
     last = max(Path(run.output).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     state = json.loads((last / "trainer_state.json").read_text())
     made = json.loads((final / checkpoint.RUN).read_text())
-    assert made["figures"]["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
+    assert made["metrics"]["human_nll"] == pytest.approx(state["best_metric"], rel=1e-6)
     assert state["best_global_step"] < 8, "the last was the best: nothing is shown"
     assert made["steps"] == state["best_global_step"], "the steps that made these weights"
     assert Path(state["best_model_checkpoint"]).is_dir()
@@ -726,7 +726,7 @@ def test_auto_never_holds_two_models_in_memory(run, monkeypatch):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_first_rows_are_a_sample_of_the_corpus(store, packing):
-    """Held-out figures use the first rows, which must not all come from the corpus's first file."""
+    """Held-out metrics use the first rows, which must not all come from the corpus's first file."""
     rows = Rows(TargetStore(store), "train", longest=64, packing=packing, seed=0)
     count = TargetStore(store).count("train")
     first = [piece.document for row in rows.rows for piece in row][: count // 2]
@@ -1086,7 +1086,7 @@ def test_a_nan_loss_stops_the_run_and_leaves_no_checkpoint(run):
     assert not list(Path(run.output).glob("checkpoint-*"))
 
 
-def test_tensorboard_receives_the_figures(run):
+def test_tensorboard_receives_the_metrics(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(replace(run, report_to="tensorboard"))

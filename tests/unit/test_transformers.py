@@ -16,7 +16,7 @@ MODULES = ("test_train.py", "test_hf.py", "test_divergences.py", "test_first_law
 
 
 @pytest.mark.long
-def test_unit_tests_pass_with_the_newest_transformers(tmp_path, figure):
+def test_unit_tests_pass_with_the_newest_transformers(tmp_path, record_values):
     oldest, beyond = TRANSFORMERS
     try:
         install_beside(tmp_path, f"transformers>={oldest},<{beyond}")
@@ -29,7 +29,7 @@ def test_unit_tests_pass_with_the_newest_transformers(tmp_path, figure):
     assert Path(location).is_relative_to(tmp_path)
     tests = [str(ROOT / "tests" / "unit" / name) for name in MODULES]
     log = _output_of([sys.executable, "-m", "pytest", "-q", "-m", "not long", *tests], environment)
-    figure(transformers=version, summary=log.splitlines()[-1])
+    record_values(transformers=version, summary=log.splitlines()[-1])
 
 
 def _output_of(command: list[str], environment: dict[str, str]) -> str:

@@ -48,7 +48,7 @@ OTHER_TYPES = {
     **dict.fromkeys(("offset", "last_token", "known", "active"), "*i32"),
     **dict.fromkeys(("stride", "vocabulary", "chunks", "tiles", "width", "count"), "i32"),
     **dict.fromkeys(("classified", "rows_per_request", "has_slots"), "i32"),
-    **dict.fromkeys(("has_figures", "has_idle_rows"), "i32"),
+    **dict.fromkeys(("has_styles", "has_idle_rows"), "i32"),
     "valid_rows": "*u1",
     "classes": "*u8",
     "order": "*fp64",
@@ -298,7 +298,7 @@ def test_a_style_adds_one_launch_to_a_step(gpu, vocabulary):
     assert gpu.loaded == dict.fromkeys([STYLE_KERNEL, *STEP], 1)
     integers = {"slot", "position", "rows", "stop_ids", "at", "base"}
     floats = {"logits", "numbers", "root_log_factor", "row_log_factor", "unigram", "bigram_delta"}
-    floats |= {"sums", "waiting", "maxima", "stop_value", "figures"}
+    floats |= {"sums", "waiting", "maxima", "stop_value", "style_stats"}
     for argument, kind in gpu.signatures[STYLE_KERNEL].items():
         if argument in integers:
             assert kind == "*i64", argument

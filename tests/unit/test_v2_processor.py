@@ -55,7 +55,7 @@ def rows_changed(processor: V2Processor, slots: tuple[int, ...] = (0, 1, 2)) -> 
 
 
 @pytest.mark.parametrize(("rows", "has_report"), [(0, True), (4, True), (5, False)])
-def test_no_figures_if_drafts_may_be_verified_in_parts(v2, monkeypatch, rows, has_report):
+def test_no_statistics_if_drafts_may_be_verified_in_parts(v2, monkeypatch, rows, has_report):
     """Requests have other indices in a part than in the batch. Without drafts no parts exist."""
     v2.stats.take_report()
     monkeypatch.setattr(v2_module, "PART_BYTES", 4 * 4 * V)

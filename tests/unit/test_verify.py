@@ -72,11 +72,11 @@ def stand_in(
         choice["message"] = {"role": "assistant", "content": text}
         effective = in_force(level)
         heat = 0 if effective.get("max_temperature", 4) <= 1 else rise * (effective["level"] or 0)
-        figures = {"mean_entropy_before": 1.0, "mean_entropy_after": 1.0 + heat}
+        statistics = {"mean_entropy_before": 1.0, "mean_entropy_after": 1.0 + heat}
         made = {"id": "x", "object": "chat.completion", "created": 1, "model": "demo"}
         made |= {"choices": [choice], "usage": {"completion_tokens": 4, "prompt_tokens": 1}}
         if echo and level is not None:
-            made["diversity"] = {"law": "gated", **effective, "choices": [figures]}
+            made["diversity"] = {"law": "gated", **effective, "choices": [statistics]}
         if styles and "style" in body:
             made["style"] = {"name": body["style"], "strength": 1.0, "max_kl": 0.05}
         return made
@@ -99,8 +99,8 @@ def test_a_correct_server_passes(monkeypatch):
     assert report["ok"]
     assert {finding["state"] for finding in report["findings"]} == {"ok"}
     assert report["server"]["device"] == "cpu"
-    assert report["figures"]["entropy_rise_nats"] == {"0.25": 0.25, "0.5": 0.5, "1": 1.0}
-    assert report["figures"]["tokens_per_second"].keys() == {"idle", "active"}
+    assert report["measurements"]["entropy_rise_nats"] == {"0.25": 0.25, "0.5": 0.5, "1": 1.0}
+    assert report["measurements"]["tokens_per_second"].keys() == {"idle", "active"}
     for secret in (KEY, behaviour.PROMPT, "the sea", "127.0.0.1"):
         assert secret not in result.output
     tokens = sum(body["max_tokens"] * body.get("n", 1) for body in received)

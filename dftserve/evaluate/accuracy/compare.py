@@ -106,7 +106,7 @@ def _shape(answered: Sequence[Answered]) -> list[tuple[str, int]]:
 def level_of(
     task: str, diversity: float, answered: Sequence[Answered], base: Sequence[Answered] | None
 ) -> Level:
-    """A level's figures, and its difference from `base`, answers to the same questions.
+    """A level's results, and its difference from `base`, answers to the same questions.
 
     Raises:
         ValueError: `base` differs in the questions, their order or the number of answers.

@@ -81,7 +81,7 @@ class Drift:
         test = ", p is McNemar's" if any(row.after.p is not None for row in self.rows) else ""
         return (
             "The same questions, with sampling, asked of the model before and after: "
-            f"{_as_code(self.before)}, {_as_code(self.after)}. {self._settings_text()} Figures are "
+            f"{_as_code(self.before)}, {_as_code(self.after)}. {self._settings_text()} Values are "
             f"in percent; intervals are 95 %, differences are paired{test}. Unreadable and cut are "
             "shares of the answers, before → after, and count as wrong.\n\n"
             f"{self.render()}\n\n"

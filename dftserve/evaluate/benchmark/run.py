@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Figures of texts of the same meanings, at one diversity or by people."""
+    """Measures of texts of the same meanings, at one diversity or by people."""
 
     diversity: Any
     """None: people's."""

@@ -3,7 +3,7 @@
     check({"diversity": 0.75}, answer.model_extra or {})
 
 An operator's policy may lower the requested value, and greedy decoding does not sample; the answer
-reports this (docs/api.md). Without the check, figures could be listed under a diversity that no
+reports this (docs/api.md). Without the check, results could be listed under a diversity that no
 text was generated with.
 """
 

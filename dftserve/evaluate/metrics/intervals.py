@@ -123,7 +123,7 @@ def over_units(units: NDArray, statistic: Callable[[NDArray, NDArray], float]) -
 
 def resamples(count: int) -> NDArray[np.float64]:
     """float64 [D, N]: how often each of N units was drawn in each of D bootstrap resamples. They
-    depend on N alone, so that figures of the same units have the same draws."""
+    depend on N alone, so that measures of the same units have the same draws."""
     shares = np.full(count, 1 / count)
     return np.random.default_rng(0).multinomial(count, shares, size=DRAWS).astype(float)
 

@@ -108,7 +108,7 @@ class Quality:
 
     judge: str
     rubric: str
-    """SHA-256 of its text: figures under different rubrics are not comparable."""
+    """SHA-256 of its text: results under different rubrics are not comparable."""
     jmq: Estimate
     """Percent; 50 is parity. The interval is a bootstrap over prompts."""
     flips: Estimate
@@ -203,7 +203,7 @@ def verdict_of(answer: str) -> str | None:
 def score(
     pairs: Sequence[Pair], verdicts: Sequence[tuple[str | None, str | None]], judge: Judge
 ) -> Quality:
-    """The figures from the verdicts on each pair: with the system's text as A, and as B.
+    """The results from the verdicts on each pair: with the system's text as A, and as B.
 
     Raises:
         ValueError: not as many verdicts as pairs, or no pair with two verdicts.

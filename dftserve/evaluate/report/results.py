@@ -25,7 +25,7 @@ BINS = 16
 
 @dataclass(frozen=True)
 class Entropy:
-    """Figures that the server reports for the answers, as means over answers. Entropies in nats."""
+    """Means over answers of the statistics that the server reports. Entropies in nats."""
 
     before: Estimate
     after: Estimate

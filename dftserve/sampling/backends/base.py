@@ -49,7 +49,7 @@ class Backend(ABC):
         controls = slots.commit_accepted(controls, slot_R, step.position_R, offset_R)
         statistics = self(logits_XV, controls, step.rows_R)
         slots.stage_step(
-            slot_R, step.position_R, offset_R, step.samples_R(), statistics, step.figures_RF
+            slot_R, step.position_R, offset_R, step.samples_R(), statistics, step.style_stats_RF
         )
         return statistics
 

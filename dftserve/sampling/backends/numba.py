@@ -98,7 +98,7 @@ class NumbaBackend(Backend):
         stop_ids_SE = step.controls.stop_ids_RE.numpy()
         self._make_room(logits_XV.shape[1], step.slot_R.shape[0], stop_ids_SE.shape[1])
         result, last_token_R, known_S = self._result, step.last_token_R, step.known_S
-        figures_RF = step.figures_RF
+        style_stats_RF = step.style_stats_RF
         _step(
             *row_arguments(logits_XV, step, result.all_rows_R),
             result.no_ids_R if last_token_R is None else last_token_R.numpy(),
@@ -109,7 +109,7 @@ class NumbaBackend(Backend):
             self._constants_C,
             (*self._scratch, self._stops_2E),
             slots.arrays(),
-            result.no_figures_RF if figures_RF is None else figures_RF.numpy(),
+            result.no_style_stats_RF if style_stats_RF is None else style_stats_RF.numpy(),
             *(result.no_finite_tokens if step.finite_tokens is None else step.finite_tokens),
             result.values_FR,
             result.valid_R,
@@ -161,7 +161,7 @@ class _Result:
         self.no_tokens_R = np.full(rows, -1)
         self.zero_R = np.zeros(rows, np.int64)
         self.no_ids_R = np.full(rows, -1, np.int32)
-        self.no_figures_RF = np.zeros((rows, COLUMNS - KL), np.float32)
+        self.no_style_stats_RF = np.zeros((rows, COLUMNS - KL), np.float32)
         self.no_finite_tokens = np.empty(0, np.int32), np.zeros(rows + 1, np.int64)
         self.values_FR = np.empty((4, rows), np.float32)
         self.valid_R = np.empty(rows, np.bool_)
@@ -259,7 +259,7 @@ def _step(
     constants_C: Array,
     scratch: tuple[Array, Array, Array, Array],
     state: tuple[Array, ...],
-    figures_RF: Array,
+    style_stats_RF: Array,
     finite_N: Array,
     finite_start_R: Array,
     values_FR: Array,
@@ -301,7 +301,9 @@ def _step(
             values_FR[f, r] = values[f]
         # 3. Stage its statistics until its token is accepted.
         samples = position_R[r] + 1 >= known_S[s]
-        stage_row(state, s, offset_R[r], position_R[r], samples, valid_R[r], values, figures_RF[r])
+        stage_row(
+            state, s, offset_R[r], position_R[r], samples, valid_R[r], values, style_stats_RF[r]
+        )
 
 
 @_kernel

@@ -110,7 +110,7 @@ def stage_row(
     samples: bool,
     valid: bool,
     values: tuple[float, float, float, float],
-    figures_F: Array,
+    style_stats_F: Array,
 ) -> None:
     """`Slots.stage_step` for one row, the k-th of its request."""
     _level_S, _steered_S, _tokens_S, base_S, _sums_SF, waiting_SKF, invalid_1 = state
@@ -123,6 +123,6 @@ def stage_row(
         waiting_SKF[s, k, TEMPERATURE] = values[2]
         waiting_SKF[s, k, CHANGED] = values[3]
         for f in range(COLUMNS - KL):
-            waiting_SKF[s, k, KL + f] = figures_F[f]
+            waiting_SKF[s, k, KL + f] = style_stats_F[f]
     elif samples:
         invalid_1[0] += 1

@@ -55,7 +55,7 @@ class NumbaStyleStage:
         self._scratch = scratch(0)
         self._stops_E = np.empty(0, np.float32)
         self._rows_R = np.empty(0, np.int64)
-        self._figures_RF = np.empty((0, COLUMNS - KL), np.float32)
+        self._style_stats_RF = np.empty((0, COLUMNS - KL), np.float32)
         self.finite_tokens: FiniteTokens | None = None
 
     def __call__(self, logits_XV: Tensor, step: Step, slots: Slots) -> Tensor:
@@ -76,9 +76,9 @@ class NumbaStyleStage:
             (*self._scratch, self._stops_E),
             slots.arrays(),
             *finite,
-            self._figures_RF,
+            self._style_stats_RF,
         )
-        return torch.from_numpy(self._figures_RF)
+        return torch.from_numpy(self._style_stats_RF)
 
     def _make_room(self, vocabulary: int, rows: int, width: int) -> FiniteTokens:
         if len(self._scratch[1]) != vocabulary:
@@ -87,7 +87,7 @@ class NumbaStyleStage:
             self._stops_E = np.empty(width, np.float32)
         if len(self._rows_R) != rows:
             self._rows_R = np.arange(rows)
-            self._figures_RF = np.empty((rows, COLUMNS - KL), np.float32)
+            self._style_stats_RF = np.empty((rows, COLUMNS - KL), np.float32)
         room = rows * max(vocabulary // LISTED, 1)
         finite = self.finite_tokens
         if finite is None or len(finite.token_N) < room or len(finite.start_R) != rows + 1:
@@ -118,14 +118,14 @@ def _restyle(
     state: tuple[Array, ...],
     finite_N: Array,
     finite_start_R: Array,
-    figures_RF: Array,
+    style_stats_RF: Array,
 ) -> None:
     check_slots(slot_R, offset_R, state[5])
     _check_rows(rows_R, stride, vocabulary, logits)
     finite_start_R[0] = 0
     for r in range(len(rows_R)):
         finite_start_R[r + 1] = finite_start_R[r]
-        figures_RF[r] = 0.0
+        style_stats_RF[r] = 0.0
         numbers_F = numbers_SF[slot_R[r]]
         if numbers_F[columns.LAW] == NO_LAW or numbers_F[columns.STYLE] == NO_STYLE:
             continue
@@ -148,7 +148,7 @@ def _restyle(
             tables,
             scratch,
             finite_N[finite_start_R[r] :],
-            figures_RF[r],
+            style_stats_RF[r],
         )
 
 
@@ -275,7 +275,7 @@ def _restyle_row(
     tables: tuple[Array, ...],
     scratch: tuple[Array, Array, Array, Array],
     finite_L: Array,
-    figures_F: Array,
+    style_stats_F: Array,
 ) -> int:
     """stage.restyled, for one valid row. Lists the tokens left finite, and returns their number; 0
     if there is no room for them."""
@@ -304,7 +304,7 @@ def _restyle_row(
         bias_K[:count],
     )
 
-    figures_F[3] = strength
+    style_stats_F[3] = strength
     if count > 0:
         # 2. The weights at T, the phrases' factors, δ.
         _log_factors(profile, state, tokens_K, tables, bias_K)
@@ -329,10 +329,10 @@ def _restyle_row(
         for k in range(count):
             bias_K[k] = bias_K[k] + reached * delta_K[k] - shift
         kl = _mean_bias(weight_K, bias_K) / z
-        figures_F[0] = share * max(kl, 0.0)
-        figures_F[1] = share * tilt_kl
-        figures_F[2] = share * max(held_back, 0.0)
-        figures_F[3] = reached
+        style_stats_F[0] = share * max(kl, 0.0)
+        style_stats_F[1] = share * tilt_kl
+        style_stats_F[2] = share * max(held_back, 0.0)
+        style_stats_F[3] = reached
 
         # 4. Each survivor's new logit, stored over its weight, since the row is cleared first.
         scale = temperature / divisor

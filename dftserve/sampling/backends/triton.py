@@ -193,7 +193,7 @@ class TritonBackend(Backend):
             stop_value_RE,
             values_FR,
             valid_R,
-            values_FR if step.figures_RF is None else step.figures_RF,
+            values_FR if step.style_stats_RF is None else step.style_stats_RF,
             stride,
             vocabulary,
             chunks,
@@ -203,7 +203,7 @@ class TritonBackend(Backend):
             len(self._classes_V),
             slots.rows_per_request,
             has_slots,
-            int(step.figures_RF is not None),
+            int(step.style_stats_RF is not None),
             ALIGNED=aligned,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
@@ -296,7 +296,7 @@ _LOWEST_TEMPERATURE = tl.constexpr(columns.LOWEST_TEMPERATURE)
 _WORD_START_RISE = tl.constexpr(columns.WORD_START_RISE)
 _WORD_INSIDE_FALL = tl.constexpr(columns.WORD_INSIDE_FALL)
 
-_FIGURES = tl.constexpr(COLUMNS - KL)
+_STYLE_STATS = tl.constexpr(COLUMNS - KL)
 _PLAN = tl.constexpr(17)
 """Size of the plan: the numbers that `_decide` passes to `_write` for each row."""
 _STATE = tl.constexpr(9)
@@ -397,11 +397,11 @@ def _tile_moments(logit, moments, tiles):
 @triton.jit(
     do_not_specialize=[
         *("stride", "vocabulary", "chunks", "tiles", "width", "count", "classified"),
-        *("rows_per_request", "has_slots", "has_figures"),
+        *("rows_per_request", "has_slots", "has_styles"),
     ],
     do_not_specialize_on_alignment=[
         *_ANYWHERE,
-        *("last_token", "stop_ids", "classes", "known", "figures"),
+        *("last_token", "stop_ids", "classes", "known", "style_stats"),
     ],
 )
 def _decide(
@@ -428,7 +428,7 @@ def _decide(
     stop_value,
     values,
     valid_rows,
-    figures,
+    style_stats,
     stride,
     vocabulary,
     chunks,
@@ -438,7 +438,7 @@ def _decide(
     classified,
     rows_per_request,
     has_slots,
-    has_figures,
+    has_styles,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -607,8 +607,8 @@ def _decide(
         samples = at + 1 >= tl.load(known + s)
         statistics = (entropy_before, entropy_after, reached, changed)
         kept = (base, waiting, invalid)
-        own = figures + r * _FIGURES
-        stage_row(kept, s, k, at, samples, valid, statistics, own, has_figures, rows_per_request)
+        own = style_stats + r * _STYLE_STATS
+        stage_row(kept, s, k, at, samples, valid, statistics, own, has_styles, rows_per_request)
 
     # 8. The plan for `_write`.
     tl.store(plan, valid.to(tl.float32))

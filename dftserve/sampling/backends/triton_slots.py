@@ -54,7 +54,7 @@ class TritonSlots(Slots):
 # Globals that a kernel reads must be constexpr.
 _COUNT, _AFTER = tl.constexpr(slots.COUNT), tl.constexpr(slots.AFTER)
 _COLUMNS, _KL = tl.constexpr(slots.COLUMNS), tl.constexpr(slots.KL)
-_FIGURES = tl.constexpr(slots.COLUMNS - slots.KL)
+_STYLE_STATS = tl.constexpr(slots.COLUMNS - slots.KL)
 _WIDE = tl.constexpr(triton.next_power_of_2(slots.COLUMNS))
 _NOTHING_WAITS = tl.constexpr(slots.NOTHING_WAITS)
 _LAW, _LEVEL = tl.constexpr(columns.LAW), tl.constexpr(columns.LEVEL)
@@ -109,7 +109,7 @@ def level_in_force(s, numbers, constants, level, steered):
 
 @triton.jit
 def stage_row(
-    state, s, k, position, samples, valid, statistics, figures, has_figures, rows_per_request
+    state, s, k, position, samples, valid, statistics, style_stats, has_styles, rows_per_request
 ):
     """`Slots.stage_step` for one row, the k-th of its request."""
     base, waiting, invalid = state
@@ -123,9 +123,9 @@ def stage_row(
     tl.store(row + 2, tl.where(counts, after, 0.0))
     tl.store(row + 3, tl.where(counts, temperature, 0.0))
     tl.store(row + 4, tl.where(counts, changed, 0.0))
-    f = tl.arange(0, _FIGURES)
-    figure_F = tl.load(figures + f, mask=f < has_figures * _FIGURES, other=0.0)
-    tl.store(row + _KL + f, tl.where(counts, figure_F, 0.0))
+    f = tl.arange(0, _STYLE_STATS)
+    style_stats_F = tl.load(style_stats + f, mask=f < has_styles * _STYLE_STATS, other=0.0)
+    tl.store(row + _KL + f, tl.where(counts, style_stats_F, 0.0))
     tl.atomic_add(invalid, 1, mask=samples & (valid == 0))
 
 

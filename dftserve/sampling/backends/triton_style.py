@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dftserve.sampling import controls as columns
-from dftserve.sampling import slots as figures_of
+from dftserve.sampling import slots as slot_columns
 from dftserve.sampling.backends.triton import (
     _ABSENT,
     _DIVISOR,
@@ -59,7 +59,7 @@ class TritonStyleStage:
     def __init__(self, tables: StyleTables) -> None:
         self._tables, self._arrays = tables, tables.arrays()
         device = tables.root_P.device
-        self._maxima, self._figures = Buffer(device), Buffer(device)
+        self._maxima, self._stats = Buffer(device), Buffer(device)
         self._active = Buffer(device, torch.int32)
         self._stop_value = Buffer(device)
         self._index_R = torch.arange(0, device=device)
@@ -74,7 +74,7 @@ class TritonStyleStage:
             with torch.inference_mode(mode=False):
                 self._index_R = torch.arange(2 * rows, device=self._index_R.device)
         _level, _steered, _tokens, base_S, sums_SF, waiting_SKF, _invalid = slots.state()
-        figures_RF = self._figures.take(rows, _FIGURES.value)
+        style_stats_RF = self._stats.take(rows, _STYLE_STATS.value)
         with torch.cuda.device_of(logits_XV):
             _restyle[(rows,)](
                 logits_XV,
@@ -95,7 +95,7 @@ class TritonStyleStage:
                 self._maxima.take(rows, chunks),
                 self._active.take(rows, chunks),
                 self._stop_value.take(rows, width),
-                figures_RF,
+                style_stats_RF,
                 logits_XV.stride(0),
                 logits_XV.shape[1],
                 chunks,
@@ -113,16 +113,16 @@ class TritonStyleStage:
                 num_warps=8,
                 **EXACT,
             )
-        return figures_RF
+        return style_stats_RF
 
 
 _STYLE, _NO_STYLE = tl.constexpr(columns.STYLE), tl.constexpr(NO_STYLE)
 _STYLE_STRENGTH = tl.constexpr(columns.STYLE_STRENGTH)
 _STYLE_MAX_KL = tl.constexpr(columns.STYLE_MAX_KL)
 _STYLE_LOG_GUARD = tl.constexpr(columns.STYLE_LOG_GUARD)
-_COLUMNS, _COUNT = tl.constexpr(figures_of.COLUMNS), tl.constexpr(figures_of.COUNT)
-_TILT_KL = tl.constexpr(figures_of.TILT_KL)
-_FIGURES = tl.constexpr(figures_of.COLUMNS - figures_of.KL)
+_COLUMNS, _COUNT = tl.constexpr(slot_columns.COLUMNS), tl.constexpr(slot_columns.COUNT)
+_TILT_KL = tl.constexpr(slot_columns.TILT_KL)
+_STYLE_STATS = tl.constexpr(slot_columns.COLUMNS - slot_columns.KL)
 _WEAKEST, _STEPS = tl.constexpr(stage.WEAKEST), tl.constexpr(strength.STEPS)
 _TINY = tl.constexpr(1e-30)
 
@@ -168,7 +168,7 @@ def _restyle(
     maxima,
     active,
     stop_value,
-    figures,
+    style_stats,
     stride,
     vocabulary,
     chunks,
@@ -189,8 +189,8 @@ def _restyle(
     numbers += s * _NUMBERS
     style = tl.load(numbers + _STYLE).to(tl.int32)
     has_style = (tl.load(numbers + _LAW) != _NO_LAW) & (style != _NO_STYLE)
-    figures += r * _FIGURES
-    tl.store(figures + tl.arange(0, _FIGURES), tl.zeros([_FIGURES], tl.float32))
+    style_stats += r * _STYLE_STATS
+    tl.store(style_stats + tl.arange(0, _STYLE_STATS), tl.zeros([_STYLE_STATS], tl.float32))
     if has_style:
         row, vocabulary = _row(logits, rows, stride, vocabulary, ALIGNED)
         maxima += r * chunks
@@ -219,7 +219,7 @@ def _restyle(
             max_kl = tl.load(numbers + _STYLE_MAX_KL)
             allowance = _allowance(state_of_slot, s, first_at, max_kl, rows_per_request)
             _restyle_row(
-                (row, maxima, active, stop_ids, stop_value, figures),
+                (row, maxima, active, stop_ids, stop_value, style_stats),
                 (vocabulary, chunks, width, peak),
                 numbers,
                 (state, tl.load(input_ids + r).to(tl.int32), allowance),
@@ -401,7 +401,7 @@ def _restyle_row(
     STOPS: tl.constexpr,
 ):
     """stage.restyled, for one valid row."""
-    row, maxima, active, stop_ids, stop_value, figures = places
+    row, maxima, active, stop_ids, stop_value, style_stats = places
     vocabulary, chunks, width, peak = lengths
     state, context, allowance = before
     temperature, divisor = tl.load(numbers + _TEMPERATURE), tl.load(numbers + _DIVISOR)
@@ -506,7 +506,7 @@ def _restyle_row(
         token_E = tl.load(stop_ids + e, mask=e < stops, other=vocabulary)
         logit_E = tl.load(stop_value + e, mask=e < stops, other=-_INFINITY)
         tl.store(row + token_E, logit_E, mask=token_E < vocabulary)
-    tl.store(figures, share * tl.maximum(tl.sum(kl_K), 0.0))
-    tl.store(figures + 1, share * tilt_kl)
-    tl.store(figures + 2, share * tl.maximum(held_back, 0.0))
-    tl.store(figures + 3, reached)
+    tl.store(style_stats, share * tl.maximum(tl.sum(kl_K), 0.0))
+    tl.store(style_stats + 1, share * tilt_kl)
+    tl.store(style_stats + 2, share * tl.maximum(held_back, 0.0))
+    tl.store(style_stats + 3, reached)

@@ -77,12 +77,12 @@ class PlainStyleStage:
         numbers_RF = step.controls.numbers_RF[step.slot_R]
         has_style_R = numbers_RF[:, columns.LAW] != columns.NO_LAW
         has_style_R &= numbers_RF[:, columns.STYLE] != columns.NO_STYLE
-        figures_RF = numbers_RF.new_zeros(len(numbers_RF), COLUMNS - KL)
+        style_stats_RF = numbers_RF.new_zeros(len(numbers_RF), COLUMNS - KL)
         chosen_R = has_style_R.nonzero().flatten()
         if len(chosen_R):
             row_R = chosen_R if step.rows_R is None else step.rows_R[chosen_R]
             state_R = states_before(step, self._tables)[chosen_R]
-            logits_RV, figures = restyled(
+            logits_RV, stats_RF = restyled(
                 logits_XV[row_R],
                 step.controls.select(step.slot_R[chosen_R]),
                 state_R,
@@ -91,8 +91,8 @@ class PlainStyleStage:
                 self._tables,
             )
             logits_XV.index_copy_(0, row_R, logits_RV)
-            figures_RF[chosen_R] = figures
-        return figures_RF
+            style_stats_RF[chosen_R] = stats_RF
+        return style_stats_RF
 
 
 def _texts(step: Step) -> Texts:
@@ -139,7 +139,7 @@ def restyled(
     allowance_R: Tensor,
     tables: StyleTables,
 ) -> tuple[Tensor, Tensor]:
-    """The rows after the style, and their figures: see `StyleStage`.
+    """The rows after the style, and their statistics: see `StyleStage`.
 
     Args:
         controls: of each row, all with a style.
@@ -164,15 +164,15 @@ def restyled(
     new_RV = torch.where(kept_RV, logits_RV + tilted.bias_RV * scale_R1, -torch.inf)
     _keep_stops(new_RV, logits_RV, controls.stop_ids_RE)
     new_RV = torch.where(valid_R[:, None], new_RV, logits_RV)
-    return new_RV, torch.where(valid_R[:, None], tilted.figures_RF, 0.0)
+    return new_RV, torch.where(valid_R[:, None], tilted.style_stats_RF, 0.0)
 
 
 @dataclass(frozen=True)
 class Tilted:
-    """A style's effect on rows: ln q − ln p of the content, and the figures."""
+    """A style's effect on rows: ln q − ln p of the content, and its statistics."""
 
     bias_RV: Tensor
-    figures_RF: Tensor
+    style_stats_RF: Tensor
 
 
 def tilt(
@@ -210,13 +210,13 @@ def tilt(
     bias_RV = log_factor_RV + reached_R[:, None] * delta_RV
     bias_RV = bias_RV - (log_mean_R + log_rise_R)[:, None]
     kl_R = (exp(p.log_p_RK + torch.where(kept_RV, bias_RV, 0.0)) * bias_RV * kept_RV).sum(dim=1)
-    figures = (
+    stats = (
         share_R * kl_R.clamp_min(0.0),
         share_R * tilt_kl_R,
         share_R * held_back_R.clamp_min(0.0),
     )
-    figures = [torch.where(exists_R, each_R, 0.0) for each_R in figures]
-    return Tilted(bias_RV, torch.stack((*figures, reached_R), dim=1))
+    stats = [torch.where(exists_R, each_R, 0.0) for each_R in stats]
+    return Tilted(bias_RV, torch.stack((*stats, reached_R), dim=1))
 
 
 def _content_share(log_z_R: Tensor, stop_RE: Tensor) -> Tensor:
