@@ -109,17 +109,17 @@ def test_requests_have_the_chosen_settings(page):
 
 def test_the_answers_of_both_settings_are_shown_side_by_side(page):
     generate(page, max_tokens=12, n=2)
-    for column, figures in (("A", "off: the model's own sampling"), ("B", "gated 0.5 · ")):
+    for column, statistics in (("A", "off: the model's own sampling"), ("B", "gated 0.5 · ")):
         answers = page.locator(f"[aria-label='Setting {column}'] article")
         assert answers.count() == 2
         for number in range(2):
             assert answers.nth(number).locator(".text").inner_text()
-            assert figures in answers.nth(number).locator(".figures").inner_text()
+            assert statistics in answers.nth(number).locator(".statistics").inner_text()
     assert re.match(r"Done: \d+ tokens", page.inner_text("#status"))
 
 
 @pytest.mark.parametrize("view", ["entropy_before", "entropy_after", "temperature", "changed"])
-def test_tokens_spell_the_text_and_show_their_figures(page, view):
+def test_tokens_spell_the_text_and_show_their_statistics(page, view):
     slide(page, "B", 1)
     generate(page, max_tokens=24, n=1, messages="Tell me of a “naïve” owl 🦉.")
     plain = page.text_content("[aria-label='Setting B'] .text")
@@ -208,7 +208,7 @@ def test_stop_ends_the_engines_requests(page, v1):
         time.sleep(0.1)  # Requests that are not stopped end after 450 tokens.
     assert page.inner_text("#status").startswith("Stopped")
     assert metric(v1, "vllm:generation_tokens_total") - before < 4 * 450
-    assert "stopped" in page.inner_text("[aria-label='Setting B'] .figures >> nth=0")
+    assert "stopped" in page.inner_text("[aria-label='Setting B'] .statistics >> nth=0")
     page.unroute("**/api/chat")
     generate(page, max_tokens=4)
     assert page.inner_text("#status").startswith("Done")
@@ -271,9 +271,9 @@ def test_reasoning_clamped_values_and_tool_calls_are_shown(page):
     answer = page.locator("[aria-label='Setting B'] article")
     assert answer.locator(".reasoning").inner_text() == "Hm, a lamp."
     assert answer.locator(".text").inner_text() == "A lamp."
-    figures = answer.locator(".figures").inner_text()
+    statistics = answer.locator(".statistics").inner_text()
     for part in ("gated 0.4", "from level 0.9", "cut at max tokens", "calls tools"):
-        assert part in figures
+        assert part in statistics
 
 
 def test_an_answer_that_is_not_a_stream_is_shown_as_text(page):

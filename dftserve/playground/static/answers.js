@@ -1,9 +1,9 @@
-// The answers of one column: their text and figures so far, and how they are shown.
+// The answers of one column: their text and statistics so far, and how they are shown.
 
 import { sharedIn } from "./phrases.js";
 
-/** Each figure's name, the values at which its colour is none and full, and its unit. */
-export const FIGURES = {
+/** Each statistic's name, the values at which its colour is none and full, and its unit. */
+export const STATISTICS = {
   entropy_before: { name: "entropy before", low: 0, high: 4, unit: " nats" },
   entropy_after: { name: "entropy after", low: 0, high: 4, unit: " nats" },
   temperature: { name: "temperature", low: 1, high: 4, unit: "" },
@@ -23,7 +23,7 @@ class Answer {
     element.querySelector("h3").textContent = `Answer ${number}`;
     this.details = element.querySelector("details");
     this.details.addEventListener("toggle", () => this.fillTable());
-    this.details.querySelector(".scroll").ariaLabel = `Figures of answer ${number}`;
+    this.details.querySelector(".scroll").ariaLabel = `Statistics of answer ${number}`;
   }
 
   add({ delta = {}, logprobs, finish_reason: reason }) {
@@ -43,14 +43,16 @@ class Answer {
     return bytes ? this.decoder.decode(new Uint8Array(bytes), { stream: true }) : token;
   }
 
-  close(figures, inForce) {
-    this.trace = figures?.trace ?? null;
-    const parts = [inForce, ...figuresOf(figures), ...this.notes].filter(Boolean);
-    this.element.querySelector(".figures").textContent = parts.join(" · ");
+  close(statistics, inForce) {
+    this.trace = statistics?.trace ?? null;
+    const parts = [inForce, ...statisticsOf(statistics), ...this.notes].filter(Boolean);
+    this.element.querySelector(".statistics").textContent = parts.join(" · ");
     this.details.hidden = this.trace === null;
     const traced = this.trace?.changed.length;
     this.details.querySelector("summary").textContent =
-      traced < figures?.tokens ? `Figures of the first ${traced} tokens` : "Figures of each token";
+      traced < statistics?.tokens
+        ? `Statistics of the first ${traced} tokens`
+        : "Statistics of each token";
   }
 
   fillTable() {
@@ -60,7 +62,7 @@ class Answer {
   }
 
   row(index) {
-    const cells = Object.keys(FIGURES).map((name) => shown(this.trace[name][index]));
+    const cells = Object.keys(STATISTICS).map((name) => shown(this.trace[name][index]));
     const row = document.createElement("tr");
     row.append(...[visible(this.tokens[index] ?? ""), ...cells].map((text) => cell(text)));
     return row;
@@ -72,13 +74,13 @@ class Answer {
     thinking.textContent = this.reasoning;
     const text = this.element.querySelector(".text");
     if (view === "shared") text.replaceChildren(...marked(this.text, shared));
-    else if (view in FIGURES && this.trace) text.replaceChildren(...this.coloured(view));
+    else if (view in STATISTICS && this.trace) text.replaceChildren(...this.coloured(view));
     else text.textContent = this.text;
   }
 
   /** The traced tokens, each with its colour, then the rest of the text. */
   coloured(name) {
-    const { low, high, unit } = FIGURES[name];
+    const { low, high, unit } = STATISTICS[name];
     const spans = this.trace[name].map((value, index) => {
       const token = this.tokens[index] ?? "";
       const span = document.createElement("span");
@@ -92,8 +94,8 @@ class Answer {
     const rest = this.tokens.slice(spans.length).join("");
     if (rest === "") return spans;
     const end = document.createElement("span");
-    end.className = "figures";
-    end.textContent = ` [no figures from here on] `;
+    end.className = "statistics";
+    end.textContent = ` [no statistics from here on] `;
     return [...spans, end, rest];
   }
 }
@@ -105,12 +107,12 @@ export class Answers {
     this.template = template;
     this.answers = [];
     this.usage = null;
-    this.hasFigures = false;
+    this.hasStatistics = false;
   }
 
   clear(count) {
     this.usage = null;
-    this.hasFigures = false;
+    this.hasStatistics = false;
     this.answers = Array.from({ length: count }, (_, index) => {
       const part = this.template.content.cloneNode(true);
       return new Answer(part.firstElementChild, index + 1);
@@ -122,15 +124,15 @@ export class Answers {
     for (const choice of event.choices ?? []) this.answers[choice.index]?.add(choice);
     if (event.usage) this.usage = event.usage;
     if (!event.diversity && !event.style) return;
-    this.hasFigures = true;
+    this.hasStatistics = true;
     const inForce = inForceOf(event);
-    const figures = event.diversity?.choices ?? [];
-    this.answers.forEach((answer, index) => answer.close(figures[index], inForce));
+    const statistics = event.diversity?.choices ?? [];
+    this.answers.forEach((answer, index) => answer.close(statistics[index], inForce));
   }
 
   /** Called at the end of the stream. */
   end(otherwise) {
-    if (!this.hasFigures) for (const answer of this.answers) answer.close(null, otherwise);
+    if (!this.hasStatistics) for (const answer of this.answers) answer.close(null, otherwise);
   }
 
   /** Show the answers; returns how many shared phrases are marked, or null in another view. */
@@ -151,7 +153,7 @@ function inForceOf({ diversity, style }) {
   const parts = [];
   if (diversity?.reason) parts.push(`diversity off: ${diversity.reason}`);
   else if (diversity && diversity.level !== 0) parts.push(`${diversity.law} ${diversity.level ?? ""}`.trim());
-  else if (diversity && !style) parts.push("off: the model's own sampling, without figures");
+  else if (diversity && !style) parts.push("off: the model's own sampling, without statistics");
   if (style) parts.push(`style ${style.name} ${style.strength ?? ""}`.trim());
   for (const [name, object] of Object.entries({ diversity, style })) {
     if (object?.clamped) parts.push(`${name} lowered by the server's policy from ${pairs(object.clamped)}`);
@@ -164,13 +166,13 @@ function pairs(object) {
   return Object.entries(object).map(([name, value]) => `${name} ${value}`).join(", ");
 }
 
-function figuresOf(figures) {
-  if (!figures) return [];
+function statisticsOf(statistics) {
+  if (!statistics) return [];
   return [
-    `${figures.tokens} tokens`,
-    `mean entropy ${figures.mean_entropy_before.toFixed(2)} → ${figures.mean_entropy_after.toFixed(2)} nats`,
-    `mean temperature ${figures.mean_temperature.toFixed(2)}`,
-    `${(100 * figures.tokens_changed).toFixed(0)} % of the tokens changed by it`,
+    `${statistics.tokens} tokens`,
+    `mean entropy ${statistics.mean_entropy_before.toFixed(2)} → ${statistics.mean_entropy_after.toFixed(2)} nats`,
+    `mean temperature ${statistics.mean_temperature.toFixed(2)}`,
+    `${(100 * statistics.tokens_changed).toFixed(0)} % of the tokens changed by it`,
   ];
 }
 

@@ -1,6 +1,6 @@
 // The page: its controls, its two columns, and sending requests.
 
-import { Answers, FIGURES } from "./answers.js";
+import { Answers, STATISTICS } from "./answers.js";
 import { bodyOf, curlOf, pythonOf, streamed } from "./request.js";
 import { events } from "./stream.js";
 
@@ -81,7 +81,7 @@ class Column {
   async generate(signal) {
     const body = this.body;
     const hasTrace = Boolean(server.capabilities?.active && server.capabilities.trace);
-    let otherwise = "the answer has no figures";
+    let otherwise = "the answer has no statistics";
     let shownAt = 0;
     this.answers.clear(body.n);
     try {
@@ -205,12 +205,12 @@ function end(status) {
 
 function showView() {
   const counts = columns.map(({ answers }) => answers.show(view()));
-  const figure = FIGURES[view()];
+  const statistic = STATISTICS[view()];
   let scale = "";
-  if (figure) {
+  if (statistic) {
     scale =
-      `Coloured: ${figure.name}, none at ${figure.low}${figure.unit}, full at ${figure.high}${figure.unit} and ` +
-      "above. Answers that are off, stopped or failed have no figures.";
+      `Coloured: ${statistic.name}, none at ${statistic.low}${statistic.unit}, full at ${statistic.high}${statistic.unit} and ` +
+      "above. Answers that are off, stopped or failed have no statistics.";
   } else if (view() === "shared") {
     const found = columns.map(({ name }, index) => `${counts[index]} in setting ${name}`);
     scale = `Phrases of four words or more that another answer of the setting also has: ${found.join(", ")}.`;

@@ -18,7 +18,7 @@ function diversityOf({ law, diversity }) {
   return law === "gated" || diversity === 0 ? diversity : { law, level: diversity };
 }
 
-/** The same body with streaming, and with the figures of each token if the server has them. */
+/** The same body with streaming, and with the statistics of each token if the server has them. */
 export function streamed(body, hasTrace) {
   const asked = { ...body, stream: true, stream_options: { include_usage: true }, logprobs: true };
   if (!hasTrace || isOff(body)) return asked;
