@@ -61,7 +61,7 @@ class FileError(ValueError):
         super().__init__(f"{problem}; {advice}.")
 
 
-def advised(error: ValueError, advice: str) -> str:
+def with_advice(error: ValueError, advice: str) -> str:
     """The error's message with its advice replaced by one that fits the command being run."""
     problem = error.problem if isinstance(error, FileError) else str(error).removesuffix(".")
     return f"{problem}; {advice}."

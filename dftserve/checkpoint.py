@@ -2,7 +2,7 @@
 
 final/
   config.json, model.safetensors, tokenizer…   files that every loader reads
-  dft.json         its properties: recipe, entropies, suggested diversity (`spec.Promise`)
+  dft.json         its properties: recipe, entropies, suggested diversity (`spec.CheckpointInfo`)
   run.json         how it was made: resolved settings, argv, versions, git SHA, fingerprints
   README.md        the model card: the same for human readers
   checksums.json   BLAKE3 of every other file
@@ -30,16 +30,16 @@ from safetensors import SafetensorError
 from dftserve import __version__, atomic
 from dftserve.bounded_files import (
     FileError,
-    advised,
     decoded,
     entries,
     inner_path,
     kind,
     read_bytes,
     read_json,
+    with_advice,
 )
 from dftserve.digest import digest_of, joined_digest, text_digest
-from dftserve.spec import CHECKSUMS, Promise
+from dftserve.spec import CHECKSUMS, CheckpointInfo
 
 RUN, CARD = "run.json", "README.md"
 FINAL, RUN_SETTINGS = "final", "settings.json"
@@ -96,11 +96,11 @@ class Run:
         )
 
 
-def describe(folder: Path, promise: Promise, run: Run) -> None:
+def describe(folder: Path, info: CheckpointInfo, run: Run) -> None:
     """Write dft.json, run.json and the model card into a folder of weights."""
-    promise.write(folder)
+    info.write(folder)
     text = json.dumps(asdict(run), indent=2, ensure_ascii=False)
-    for name, content in ((RUN, text + "\n"), (CARD, _card(promise, run))):
+    for name, content in ((RUN, text + "\n"), (CARD, _card(info, run))):
         # A path on the command line may have bytes that are not UTF-8, which Python represents by
         # surrogates. As escapes they are valid JSON.
         (folder / name).write_text(content, encoding="utf-8", errors="backslashreplace")
@@ -248,7 +248,7 @@ def _as_checkpoint_errors() -> Iterator[None]:
     try:
         yield
     except FileError as error:
-        raise CheckpointError(advised(error, COPY)) from None
+        raise CheckpointError(with_advice(error, COPY)) from None
 
 
 def _compare_all(
@@ -358,7 +358,7 @@ def _objective(settings: Mapping[str, Any]) -> str:
     return f"{name} and feature matching (weight {matching['weight']:g})"
 
 
-def _card(promise: Promise, run: Run) -> str:
+def _card(info: CheckpointInfo, run: Run) -> str:
     base = run.data.get("model", "a causal LM")
     lines = [
         "---",
@@ -371,11 +371,11 @@ def _card(promise: Promise, run: Run) -> str:
         "Distribution Fine-Tuning: the model was tuned toward a distribution over next tokens, by "
         f"{_objective(run.settings)}, for {run.steps} steps.",
         "",
-        f"- Target: {_unformatted(promise.recipe)}",
+        f"- Target: {_unformatted(info.recipe)}",
         *(f"- {_metric_name(name)}: {value:.4f}" for name, value in run.metrics.items()),
     ]
-    if promise.diversity is not None:
-        lines.append(f"- Suggested diversity: `{json.dumps(promise.diversity.as_dict())}`")
+    if info.diversity is not None:
+        lines.append(f"- Suggested diversity: `{json.dumps(info.diversity.as_dict())}`")
     lines += [
         "",
         "Entropies and likelihoods are in nats a token, on held-out text.",

@@ -79,7 +79,7 @@ def serve(
         command = launch(
             model, flags, default_diversity=default_diversity, policy=policy, styles=styles
         )
-    click.echo(command.shown(), err=True)
+    click.echo(command.shell_line(), err=True)
     if not dry_run:
         os.execvpe(command.argv[0], command.argv, {**os.environ, **command.environment})
 
@@ -192,7 +192,7 @@ def doctor(
         key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
         with usage_errors():
             findings = [*doctor.aside(findings), *doctor.ask(url, key)]
-    click.echo(doctor.as_json(findings) if as_json else doctor.shown(findings))
+    click.echo(doctor.as_json(findings) if as_json else doctor.as_text(findings))
     raise SystemExit(doctor.exit_code(findings))
 
 
@@ -218,7 +218,7 @@ def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) 
     with usage_errors():
         server = Server(base_url(url), api_key_env, retries=1, timeout_s=60.0)
         report = doctor.verify(server, model, key)
-    click.echo(report.as_json() if as_json else doctor.shown(report.findings))
+    click.echo(report.as_json() if as_json else doctor.as_text(report.findings))
     raise SystemExit(doctor.exit_code(report.findings))
 
 
@@ -313,7 +313,7 @@ def target_build(values: tuple[str, ...], plan: bool, as_json: bool, **options) 
         job = Job(values=named, **options)
         if plan or as_json:
             planned = estimate(job, _said)
-            click.echo(planned.as_json() if as_json else planned.shown())
+            click.echo(planned.as_json() if as_json else planned.as_text())
             return
         try:
             build(job, _said)
@@ -421,7 +421,7 @@ def train(config: Path | None, values: tuple[str, ...], plan: bool, as_json: boo
                 click.echo("Measuring two batches; on a CPU this may take minutes.", err=True)
             planned = plan_of(wanted)
             if processes.is_first():
-                click.echo(planned.as_json() if as_json else planned.shown())
+                click.echo(planned.as_json() if as_json else planned.as_text())
             return
         from dftserve.train.run import train
 

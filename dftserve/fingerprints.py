@@ -32,7 +32,7 @@ def template_fingerprint(tokenizer: Any) -> str | None:
     return _digest(tokenizer.chat_template) if tokenizer.chat_template else None
 
 
-def misfit(
+def mismatch(
     built: str,
     *,
     tokenizer: tuple[str, str],

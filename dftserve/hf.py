@@ -243,7 +243,7 @@ def _resolve_style(
     found = {profile.name: profile for profile in profiles}.get(requested.name)
     if found is None:
         names = ", ".join(profile.name for profile in profiles) or "none; give `profiles`"
-        raise ValueError(f"style.name: got {spec.shown(requested.name)}; accepted: {names}.")
+        raise ValueError(f"style.name: got {spec.quoted(requested.name)}; accepted: {names}.")
     if tokenizer is not None:
         found.belongs_to(
             tokenizer=tokenizer_fingerprint(tokenizer),

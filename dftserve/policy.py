@@ -69,7 +69,9 @@ class Limits:
     def __post_init__(self) -> None:
         for name in self.laws or ():
             if name not in spec.LAWS:
-                raise ValueError(f"laws: got {name!r}; accepted: {settings.among(name, spec.LAWS)}")
+                raise ValueError(
+                    f"laws: got {name!r}; accepted: {settings.accepted_names(name, spec.LAWS)}"
+                )
         for name, bounds in BOUNDS.items():
             cap = getattr(self, name, None)
             if cap is not None and cap not in bounds:

@@ -42,8 +42,8 @@ from dftserve.spec import (
     DEFAULT_VARIABLE,
     HUMAN,
     STYLES_VARIABLE,
+    CheckpointInfo,
     Diversity,
-    Promise,
     parse_default,
     parse_json,
 )
@@ -77,7 +77,7 @@ class Launch:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def shown(self) -> str:
+    def shell_line(self) -> str:
         """The equivalent shell command, without the values of `SECRET_FLAGS`."""
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*assignments, shlex.join(_without_secrets(self.argv))])
@@ -267,14 +267,14 @@ def _default(model: str, text: str) -> Diversity:
     wanted = f"{DEFAULT_OPTION} {text}"
     instead = f"give a number or an object instead, such as {DEFAULT_OPTION} 0.5."
     try:
-        promise = Promise.read(Path(model))
+        info = CheckpointInfo.read(Path(model))
     except (FileNotFoundError, NotADirectoryError):
-        accepted = f"a checkpoint folder with a {Promise.FILE}"
+        accepted = f"a checkpoint folder with a {CheckpointInfo.FILE}"
         raise ValueError(f"{wanted}: got {model!r}; accepted: {accepted}; {instead}") from None
-    chosen = promise.diversity if text == FROM_CHECKPOINT else promise.human_diversity
+    chosen = info.diversity if text == FROM_CHECKPOINT else info.human_diversity
     if chosen is None:
         lacks = "suggests none" if text == FROM_CHECKPOINT else "has no target_entropy above 0"
-        raise ValueError(f"{wanted}: the {Promise.FILE} of {model!r} {lacks}; {instead}")
+        raise ValueError(f"{wanted}: the {CheckpointInfo.FILE} of {model!r} {lacks}; {instead}")
     return chosen
 
 

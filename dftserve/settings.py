@@ -87,7 +87,7 @@ def load(cls: type[T], given: object, where: str) -> T:
     ]
     if not isinstance(given, Mapping):
         names = ", ".join(required or known)
-        raise ValueError(f"{where}: got {_shown(given)}; accepted: keys and values ({names}).")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: keys and values ({names}).")
     hints = typing.get_type_hints(cls)
     refuse_unknown(given, known, where)
     kinds = {name: known[name].metadata.get("kind") or _kind(hints[name]) for name in known}
@@ -189,7 +189,7 @@ def _repeated_key(text: str) -> str | None:
                 continue
             if (key.tag, key.value) in seen:
                 line = key.start_mark.line + 1
-                return f"got the key {_shown(key.value)} again in line {line}; accepted: each once"
+                return f"got the key {quoted(key.value)} again in line {line}; accepted: each once"
             seen.add((key.tag, key.value))
     return None
 
@@ -200,21 +200,23 @@ def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) ->
     unknown = [name for name in given if name not in known]
     if len(unknown) == 1:
         name = unknown[0]
-        raise ValueError(f"{where}: got the key {_shown(name)}; accepted: {among(name, known)}.")
+        raise ValueError(
+            f"{where}: got the key {quoted(name)}; accepted: {accepted_names(name, known)}."
+        )
     if unknown:
-        named = ", ".join(_shown(name) + _question(name, known) for name in unknown[:MOST_NAMED])
+        named = ", ".join(quoted(name) + _question(name, known) for name in unknown[:MOST_NAMED])
         more = ", …" if len(unknown) > MOST_NAMED else ""
         raise ValueError(f"{where}: got the keys {named}{more}; accepted: {', '.join(known)}.")
 
 
-def among(name: object, known: Iterable[str]) -> str:
+def accepted_names(name: object, known: Iterable[str]) -> str:
     """The known names as a list, followed by "did you mean" if one is close."""
     known = list(known)
     return ", ".join(known) + _question(name, known)
 
 
 def _question(name: object, known: Sequence[str]) -> str:
-    text = name if isinstance(name, str) else _shown(name)
+    text = name if isinstance(name, str) else quoted(name)
     close = SYNONYMS.get(text)
     return question(close if close in known else nearest(text, known))
 
@@ -231,12 +233,12 @@ def _value(hint: Any, given: object, where: str, kind: str | None = None) -> Any
             except ValueError:
                 continue
         if len(choices) > 1 and not _is_near(choices[-1], given):
-            raise ValueError(f"{where}: got {_shown(given)}; accepted: {kind or _kind(hint)}.")
+            raise ValueError(f"{where}: got {quoted(given)}; accepted: {kind or _kind(hint)}.")
         return _value(choices[-1], given, where)
     if origin is tuple:
         if isinstance(given, str) or not isinstance(given, Sequence):
             example = f", such as [{given}]" if isinstance(given, str) and given else ""
-            raise ValueError(f"{where}: got {_shown(given)}; accepted: a list{example:.80}.")
+            raise ValueError(f"{where}: got {quoted(given)}; accepted: a list{example:.80}.")
         return tuple(_value(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(given))
     if hasattr(hint, "__dataclass_fields__"):
         return given if isinstance(given, hint) else load(hint, given, where)
@@ -248,11 +250,11 @@ def _value(hint: Any, given: object, where: str, kind: str | None = None) -> Any
     if expected is Any:
         return given
     if not isinstance(given, expected) or (isinstance(given, bool) and expected is not bool):
-        raise ValueError(f"{where}: got {_shown(given)}; accepted: {_kind(hint)}.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: {_kind(hint)}.")
     if isinstance(given, float) and not math.isfinite(given):
         raise ValueError(f"{where}: got {given}; accepted: a finite number.")
     if isinstance(given, int) and given not in INTEGERS:
-        raise ValueError(f"{where}: got {_shown(given)}; accepted: a whole number of 64 bits.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: a whole number of 64 bits.")
     return given
 
 
@@ -274,7 +276,8 @@ def _kind(hint: Any) -> str:
     return names.get(hint, "keys and values")
 
 
-def _shown(value: object) -> str:
+def quoted(value: object) -> str:
+    """The repr of a value for an error message, at most 80 characters."""
     try:
         text = repr(value)
     except ValueError:  # A whole number of thousands of digits.

@@ -1,4 +1,4 @@
-"""Request parameters (`Diversity`, `Style`) and a checkpoint's self-description (`Promise`).
+"""Request parameters (`Diversity`, `Style`) and a checkpoint's dft.json (`CheckpointInfo`).
 
 Standard library only, so that clients, servers and trainers can share these types without torch.
 """
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dftserve.bounded_files import advised, read_json
+from dftserve.bounded_files import read_json, with_advice
 
 DEFAULT_VARIABLE = "DFTSERVE_DEFAULT_DIVERSITY"
 """The environment variable from which the plug-in reads the server's default diversity."""
@@ -30,7 +30,7 @@ class DiversityError(ValueError):
     def __init__(self, parameter: str, value: object, accepted: str) -> None:
         self.parameter = parameter
         self.value = value
-        super().__init__(f"{parameter}: got {shown(value)}; accepted: {accepted}.")
+        super().__init__(f"{parameter}: got {quoted(value)}; accepted: {accepted}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ MOST_BREAKERS, LONGEST_BREAKER = 32, 64
 BREAKERS = f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
 DRY_NAMES = (*DRY_BOUNDS, DRY_BREAKERS)
 
-# Valid range of the entropies in a checkpoint's `Promise`, in nats per token.
+# Valid range of the entropies in a `CheckpointInfo`, in nats per token.
 MEASURED = Bounds(low=0, high=20)
 
 _REQUIRED = object()
@@ -129,7 +129,7 @@ TRACE = "trace"
 MOST_TRACED = 4096
 """Maximum number of tokens, over all choices of a request, whose statistics a response includes."""
 HUMAN = "human"
-"""Accepted by a server in place of a number: the served model's `Promise.human_diversity`."""
+"""Accepted by a server in place of a number: the served model's `human_diversity`."""
 
 ACCEPTED = (
     "a number from 0 (off) to 1 (the most heat), or an object such as "
@@ -424,7 +424,7 @@ def parse_style_json(text: str, parameter: str = "style") -> Style:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promise:
+class CheckpointInfo:
     """The contents of a checkpoint's dft.json: how it was trained and what was measured."""
 
     recipe: str
@@ -453,8 +453,8 @@ class Promise:
     """Bytes of the file."""
 
     @classmethod
-    def read(cls, folder: Path) -> "Promise":
-        """The promise of a checkpoint folder.
+    def read(cls, folder: Path) -> "CheckpointInfo":
+        """The content of a folder's dft.json.
 
         Raises:
             FileNotFoundError: the folder has no dft.json.
@@ -466,16 +466,16 @@ class Promise:
             # `finite` is not needed: each number is checked against its own bounds below.
             content = read_json(path, within=folder, largest=cls.LARGEST, finite=False)
         except ValueError as error:
-            raise ValueError(advised(error, "write it again with the trainer")) from None
+            raise ValueError(with_advice(error, "write it again with the trainer")) from None
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "recipe" not in content:
-            raise ValueError(f"{path}: got {shown(content)}; accepted: an object with `recipe`.")
+            raise ValueError(f"{path}: got {quoted(content)}; accepted: an object with `recipe`.")
         for name in content:
             if name not in names:
                 accepted = f"{', '.join(names)}{_nearest(name, names)}"
                 raise ValueError(f"{path}: got the key {name!r}; accepted: {accepted}.")
         if not isinstance(content["recipe"], str):
-            raise ValueError(f"{path}: recipe: got {shown(content['recipe'])}; accepted: a text.")
+            raise ValueError(f"{path}: recipe: got {quoted(content['recipe'])}; accepted: a text.")
         for name in ("target_entropy", "model_entropy"):
             if content.get(name) is not None:
                 content[name] = _number(content[name], MEASURED, f"{path.name}: {name}")
@@ -566,7 +566,7 @@ def question(close: str | None) -> str:
 
 def _short_key(name: object) -> str:
     """A received key, shortened and printable."""
-    return repr(name[:MAX_SHOWN])[1:-1] if isinstance(name, str) else shown(name)
+    return repr(name[:MAX_SHOWN])[1:-1] if isinstance(name, str) else quoted(name)
 
 
 MAX_SHOWN = 80
@@ -608,7 +608,7 @@ def is_slip_of(key: str, name: str) -> bool:
     return rest[1:] == due[1:] or (rest[1::-1] == due[:2] and rest[2:] == due[2:])
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """Any value as text for an error message: at most `MAX_SHOWN` characters, all printable."""
     try:
         text = _short.repr(value)

@@ -37,7 +37,7 @@ def main() -> None:
         running(model, *FLAGS, env=ENVIRONMENT, timeout=PATIENCE) as server,
     ):
         findings = doctor.ask(server.url)
-        click.echo(doctor.shown(findings))
+        click.echo(doctor.as_text(findings))
         problems = [each.text for each in findings if each.state == "error"]
         problems += [problem for problem in (_honoured(server), _refused(server)) if problem]
     if problems:

@@ -18,7 +18,7 @@ from functools import cache
 from dftserve.corpus.text import Text, length_in_words
 from dftserve.corpus.tidy import STRIPS, tidied
 from dftserve.corpus.wrapping import joined
-from dftserve.settings import among
+from dftserve.settings import accepted_names
 
 LANGUAGE_CHARACTERS = 20_000
 """Characters at the start of a text from which its language is identified."""
@@ -86,13 +86,15 @@ class Filters:
         for name, known in _WORDS.items():
             if getattr(self, name) not in known:
                 given = getattr(self, name)
-                raise ValueError(f"{name}: got {given!r}; accepted: {among(given, known)}.")
+                raise ValueError(
+                    f"{name}: got {given!r}; accepted: {accepted_names(given, known)}."
+                )
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; accepted: 0 to 1.")
         for name in self.strip:
             if name not in STRIPS:
-                raise ValueError(f"strip: got {name!r}; accepted: {among(name, STRIPS)}.")
+                raise ValueError(f"strip: got {name!r}; accepted: {accepted_names(name, STRIPS)}.")
         family = self.family_threshold
         if family is not None and not 0 < family < 1:
             raise ValueError(f"family_threshold: got {family}; accepted: between 0 and 1.")
@@ -101,7 +103,7 @@ class Filters:
             raise ValueError(f"duplicate_threshold: got {threshold}; accepted: above 0, at most 1.")
         for language in self.languages:
             if language not in _known_languages():
-                known = among(language, _known_languages())
+                known = accepted_names(language, _known_languages())
                 raise ValueError(f"languages: got {language!r}; accepted: {known}.")
 
 

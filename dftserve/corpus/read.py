@@ -36,7 +36,6 @@ from typing import Any, Literal, cast
 
 from dftserve.bounded_files import (
     FileError,
-    advised,
     chunks,
     entries,
     is_plain_name,
@@ -47,9 +46,11 @@ from dftserve.bounded_files import (
     read_json,
     real_file,
     shaped_as,
+    with_advice,
 )
-from dftserve.corpus.records import KNOWN, Fields, plain, record, shown
+from dftserve.corpus.records import KNOWN, Fields, plain, record
 from dftserve.corpus.text import Text
+from dftserve.settings import quoted
 
 TRAIN_SPLITS = ("train", "training")
 HELDOUT_SPLITS = (
@@ -169,10 +170,10 @@ def _is_dataset(path: Path) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     found = (Path(name) for name in entries(folder, most=MOST_FILES))
-    shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    if any(_suffix(path) in RECORDS for path in shown):
-        shown = [path for path in shown if not _is_readme(path)]
-    return [folder / path for path in sorted(shown, key=lambda path: path.parts)]
+    visible = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    if any(_suffix(path) in RECORDS for path in visible):
+        visible = [path for path in visible if not _is_readme(path)]
+    return [folder / path for path in sorted(visible, key=lambda path: path.parts)]
 
 
 def _is_readme(path: Path) -> bool:
@@ -233,7 +234,7 @@ def _text_file(path: Path, origin: str, within: Path | None) -> Text:
     try:
         content = _content(path, within, LARGEST)
     except FileError as error:
-        raise ValueError(advised(error, "cut it into several texts, or leave it out")) from None
+        raise ValueError(with_advice(error, "cut it into several texts, or leave it out")) from None
     return plain(_decoded(content, f"{path}"), origin)
 
 
@@ -246,12 +247,12 @@ def _list(path: Path, origin: str, fields: Fields, within: Path | None) -> Itera
     try:
         content = _content(path, within, LARGEST_LIST)
     except FileError as error:
-        raise ValueError(advised(error, "write it as .jsonl, one record a line")) from None
+        raise ValueError(with_advice(error, "write it as .jsonl, one record a line")) from None
     try:
         given = parse_json(_decoded(content, f"{path}"), f"{path}", finite=False)
     except FileError as error:
         one_a_line = "correct the file, or, if it has one record a line, name it .jsonl"
-        raise ValueError(advised(error, one_a_line)) from None
+        raise ValueError(with_advice(error, one_a_line)) from None
     if not isinstance(given, list):
         raise ValueError(
             f"{path}: got a {type(given).__name__}; accepted: a list of records, [{{…}}, …]. One "
@@ -293,7 +294,7 @@ def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iter
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}: got the header {shown(names)}; accepted: each name once.")
+            raise ValueError(f"{path}: got the header {quoted(names)}; accepted: each name once.")
         for number, values in enumerate(filter(None, reader), 1):
             row.size = 0
             where = f"{path}, row {number} after the header"
@@ -402,7 +403,7 @@ def _values(batch: Any, where: str) -> Iterator[dict[str, Any]]:
 
     names: list[str] = batch.schema.names
     if len({*names}) < len(names):
-        raise ValueError(f"{where}: got the columns {shown(names)}; accepted: each name once.")
+        raise ValueError(f"{where}: got the columns {quoted(names)}; accepted: each name once.")
     kept = [each.name for each in batch.schema if not pyarrow.types.is_temporal(each.type)]
     columns: dict[str, list[Any]] = {}
     for name in kept:
@@ -437,7 +438,7 @@ def _check_dataset(path: Path) -> None:
 
 def _plain_part(name: object, where: Path) -> str:
     if not isinstance(name, str) or not is_plain_name(name):
-        problem = f"{where}: got the name {shown(name)}; accepted: files in its folder"
+        problem = f"{where}: got the name {quoted(name)}; accepted: files in its folder"
         raise FileError(problem, "leave the folder out")
     return name
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from dftserve.bounded_files import parse_json
 from dftserve.corpus.text import Text
+from dftserve.settings import quoted
 
 Turns = tuple[Mapping[str, Any], ...]
 
@@ -91,7 +92,7 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
         ValueError: a field is missing or has the wrong type; the message begins with `where`.
     """
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: got {shown(given)}; accepted: an object with {FIELDS}.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: an object with {FIELDS}.")
     has = {name: value for name, value in given.items() if value is not None}
     turns: Turns | None = None
     if (name := _listed(has, fields)) is not None:
@@ -108,7 +109,7 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
     names = ", ".join(sorted(map(str, has))) or "none"
     wanted = FIELDS if fields.are_known else "those that `fields` names"
     raise ValueError(
-        f"{where}: got the fields {shown(names)}; accepted: {wanted}. `fields` in a YAML of "
+        f"{where}: got the fields {quoted(names)}; accepted: {wanted}. `fields` in a YAML of "
         "corpora names others."
     )
 
@@ -168,7 +169,7 @@ def _history(given: object, where: str) -> Turns:
     pairs: list[Any] = given if isinstance(given, list) else [given]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(
-            f"{where}: got {shown(given)}; accepted: a list of pairs, [[question, answer], …]."
+            f"{where}: got {quoted(given)}; accepted: a list of pairs, [[question, answer], …]."
         )
     return tuple(
         turn
@@ -195,7 +196,7 @@ def _tools(given: object, where: str) -> tuple[Any, ...]:
     if given is None:
         return ()
     if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
-        raise ValueError(f"{where}: got {shown(given)}; accepted: a list of JSON schemas.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: a list of JSON schemas.")
     _check_unicode(given, where)
     return tuple(map(_without_nulls, given))
 
@@ -212,7 +213,7 @@ def _turns(given: object, where: str, fields: Fields) -> Turns:
     if isinstance(given, str):  # JSON in a string column, as some datasets store it.
         given = parse_json(given, where)
     if not isinstance(given, list) or not given:
-        raise ValueError(f"{where}: got {shown(given)}; accepted: a list of turns.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: a list of turns.")
     named = (_named(each, fields, f"{where}[{i}]") for i, each in enumerate(given))
     return tuple(_turn(each, f"{where}[{i}]") for i, each in enumerate(named))
 
@@ -236,7 +237,7 @@ def _role(given: str, name: str, where: str, *, is_sharegpt: bool) -> str:
         return SPEAKERS.get(given.lower(), given)
     if given.lower() not in ROLES:
         raise ValueError(
-            f"{where}.{name}: got {shown(given)}; accepted: {', '.join(sorted(ROLES))}. "
+            f"{where}.{name}: got {quoted(given)}; accepted: {', '.join(sorted(ROLES))}. "
             "`fields: {roles: {…}}` in a YAML of corpora says which role another is."
         )
     return ROLES[given.lower()]
@@ -246,7 +247,7 @@ def _turn(given: object, where: str) -> Mapping[str, Any]:
     """A checked turn, with every field that has a value: the chat template decides which it
     uses."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: got {shown(given)}; accepted: `role` and `content`.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: `role` and `content`.")
     turn = {str(name): value for name, value in _without_nulls(given).items()}
     turn["role"] = _string(given.get("role"), f"{where}.role")
     content = _joined(given.get("content"), f"{where}.content")
@@ -264,7 +265,7 @@ def _joined(given: object, where: str) -> object:
     for part in given:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise ValueError(f"{where}: got a part of the type {shown(kind)}; accepted: text.")
+            raise ValueError(f"{where}: got a part of the type {quoted(kind)}; accepted: text.")
     return "".join(_string(part.get("text"), where) for part in given)
 
 
@@ -307,7 +308,7 @@ def plain(content: str, origin: str) -> Text:
 
 def _string(given: object, where: str) -> str:
     if not isinstance(given, str):
-        raise ValueError(f"{where}: got {shown(given)}; accepted: a text.")
+        raise ValueError(f"{where}: got {quoted(given)}; accepted: a text.")
     try:
         given.encode()
     except UnicodeEncodeError as error:
@@ -320,9 +321,3 @@ def _string(given: object, where: str) -> str:
 def _check_unicode(value: Any, where: str) -> None:
     """Refuse half a surrogate pair in any text of the value, which no tokenizer reads."""
     _string(json.dumps(value, ensure_ascii=False, default=str), where)
-
-
-def shown(value: object) -> str:
-    """A value as shown in an error message, shortened."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -13,19 +13,19 @@ from collections.abc import Mapping
 from dftserve.doctor import contract, engine, entry_points, packages, styles, switches
 from dftserve.doctor.behaviour import Report, verify
 from dftserve.doctor.contract import judge
-from dftserve.doctor.findings import Finding, as_json, aside, exit_code, shown
+from dftserve.doctor.findings import Finding, as_json, as_text, aside, exit_code
 from dftserve.doctor.server import ask
 
 __all__ = [
     "Finding",
     "Report",
     "as_json",
+    "as_text",
     "aside",
     "ask",
     "examine",
     "exit_code",
     "judge",
-    "shown",
     "verify",
 ]
 

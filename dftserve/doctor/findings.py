@@ -39,7 +39,7 @@ def exit_code(findings: list[Finding]) -> int:
     return int(any(finding.state == "error" for finding in findings))
 
 
-def shown(findings: list[Finding]) -> str:
+def as_text(findings: list[Finding]) -> str:
     """One line a finding, for a terminal."""
     width = max(len(finding.name) for finding in findings)
     return "\n".join(

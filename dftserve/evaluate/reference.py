@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic
-from dftserve.bounded_files import FileError, advised, lines, parse_json, read_json, shaped_as
+from dftserve.bounded_files import FileError, lines, parse_json, read_json, shaped_as, with_advice
 from dftserve.corpus.read import read
 from dftserve.digest import digest_of
 from dftserve.evaluate.metrics.overlap import ngram_overlap
@@ -163,7 +163,7 @@ def load(folder: Path) -> Anchors:
     try:
         about = read_json(folder / FILE, within=folder, largest=LARGEST)
     except FileError as error:
-        raise ValueError(advised(error, f"give {written}")) from None
+        raise ValueError(with_advice(error, f"give {written}")) from None
     except OSError:
         raise ValueError(f"{folder}: no {FILE} that can be read; accepted: {written}.") from None
     with shaped_as(folder / FILE, written):

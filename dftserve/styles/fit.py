@@ -48,14 +48,14 @@ from dftserve.evaluate.text.tokenize import words
 from dftserve.evaluate.text.windows import LEAST_TEXTS, Sample, Windows
 from dftserve.openai_client import Server, ServerError
 from dftserve.serve import base_url, check_model_or_url, is_url, running, served_name
-from dftserve.settings import among
+from dftserve.settings import accepted_names
 from dftserve.spec import STYLES_VARIABLE
 from dftserve.styles import profile as profiles
 from dftserve.styles.build import HELD_OUT, Say, Tick
 from dftserve.styles.counts import PER
 from dftserve.styles.profile import LARGEST_LOG_RATIO, ProfileError, Stored, with_log_ratios
 from dftserve.styles.report import Rate, fit_html
-from dftserve.styles.rounds import Fitted, Round, shown
+from dftserve.styles.rounds import Fitted, Round, round_text
 from dftserve.styles.spellings import Finder
 
 STEP = 0.7
@@ -203,7 +203,7 @@ def rounds(
         done.append(
             _round(number, answers, counts_TP, words_T, human_P, step_P, effective, anchors)
         )
-        say(shown(done[-1]))
+        say(round_text(done[-1]))
         if effective < LEAST_EFFECTIVE:
             ended = (
                 f"round {number}'s step would leave {effective:.0%} of its answers effective; "
@@ -437,5 +437,5 @@ def _check_has_style(server: Server, name: str, styles: Path) -> None:
         return
     if isinstance(refused, Mapping) and name in refused:
         raise ValueError(f"{server.url} refuses the style {name!r}: {refused[name]}")
-    listed = among(name, map(str, known)) if isinstance(known, list) and known else "none"
+    listed = accepted_names(name, map(str, known)) if isinstance(known, list) and known else "none"
     raise ValueError(f"{server.url} does not have the style {name!r} (it has: {listed}); {advice}")

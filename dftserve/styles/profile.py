@@ -30,8 +30,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from dftserve import __version__, atomic, settings
-from dftserve.bounded_files import FileError, advised, parse_json, read_bytes, read_text
-from dftserve.fingerprints import misfit
+from dftserve.bounded_files import FileError, parse_json, read_bytes, read_text, with_advice
+from dftserve.fingerprints import mismatch
 
 FORMAT = 1
 MANIFEST, TENSORS = "profile.json", "tensors.safetensors"
@@ -160,7 +160,7 @@ class Profile:
             ProfileError: the tokenizer or the chat template is another one, or there are too few
                 columns.
         """
-        why = misfit(
+        why = mismatch(
             f"the style {self.name!r}",
             tokenizer=(self.tokenizer_fingerprint, tokenizer),
             template=(self.template_fingerprint, template),
@@ -544,7 +544,7 @@ def _manifest(folder: Path) -> _Manifest:
         raise ProfileError(f"{path} cannot be read ({error.strerror}); {REBUILD}.") from None
     except ValueError as error:
         message = str(error)  # The dataclasses' own errors include the advice already.
-        raise ProfileError(message if REBUILD in message else advised(error, REBUILD)) from None
+        raise ProfileError(message if REBUILD in message else with_advice(error, REBUILD)) from None
     if manifest.blake3 != _digest_of(content):
         raise ProfileError(f"{path} was changed: its checksum does not match; {REBUILD}.")
     if manifest.sizes.vocabulary != manifest.vocabulary:
@@ -566,7 +566,7 @@ def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
     except FileNotFoundError:
         raise ProfileError(f"{path} is missing; {REBUILD}.") from None
     except FileError as error:
-        raise ProfileError(advised(error, REBUILD)) from None
+        raise ProfileError(with_advice(error, REBUILD)) from None
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ProfileError(f"{path} cannot be read ({error}); {REBUILD}.") from None
     found = {name: (each.dtype.type, each.shape) for name, each in arrays.items()}

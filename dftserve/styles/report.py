@@ -21,7 +21,7 @@ from dftserve.plots.svg import svg
 from dftserve.styles.counts import PER
 from dftserve.styles.figures import Rates, by_round, phrase_rates
 from dftserve.styles.profile import MANIFEST, Profile, ProfileError, Stored
-from dftserve.styles.rounds import Fitted, Round, read, shown
+from dftserve.styles.rounds import Fitted, Round, read, round_text
 
 SHOWN = 20
 """Phrases that the text lists; the HTML page and the JSON list all."""
@@ -152,7 +152,7 @@ def as_text(summary: Summary) -> str:
     if len(summary.rows) > SHOWN:
         lines.append(f"and {len(summary.rows) - SHOWN} more; --json and --html list all.")
     if summary.fit is not None:
-        lines += ["", *map(shown, summary.fit.rounds), f"The fit ended: {summary.fit.ended}."]
+        lines += ["", *map(round_text, summary.fit.rounds), f"The fit ended: {summary.fit.ended}."]
     return "\n".join([*lines, "", *_habit_lines(summary)])
 
 

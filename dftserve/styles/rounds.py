@@ -61,7 +61,7 @@ def read(counts: Mapping[str, Any], where: str) -> Fitted | None:
         return settings.load(Fitted, counts["fit"], f"{where}: counts.fit")
 
 
-def shown(one: Round) -> str:
+def round_text(one: Round) -> str:
     """A line for the user."""
     parts = [
         f"Round {one.number}: {one.rate:.2f} phrases per 1,000 words (people {one.human_rate:.2f}"

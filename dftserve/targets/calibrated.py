@@ -448,7 +448,7 @@ def is_refused(description: object) -> bool:
     return any(found.is_refused for found in calibrations(description))
 
 
-def shown(found: Calibration) -> str:
+def as_text(found: Calibration) -> str:
     """For a terminal: likelihoods, gains, and the bins in which the mixture is used."""
     lines = [
         f"{found.documents:,} held-out documents, {found.tokens:,} trained tokens",

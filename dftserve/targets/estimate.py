@@ -12,7 +12,7 @@ import torch
 
 from dftserve.targets.calibrated import Calibration, calibrations
 from dftserve.targets.document import Document
-from dftserve.targets.progress import shown_seconds
+from dftserve.targets.progress import duration_text
 from dftserve.targets.source import Source
 from dftserve.targets.store import SPLITS, Plan, batches_of, parts_of
 
@@ -41,10 +41,10 @@ class Estimate:
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
-    def shown(self) -> str:
+    def as_text(self) -> str:
         lines = {
             "text": f"{self.documents:,} documents, {self.tokens:,} tokens",
-            "time": f"{shown_seconds(self.seconds)} at {self.tokens_per_second:,.4g} tokens a "
+            "time": f"{duration_text(self.seconds)} at {self.tokens_per_second:,.4g} tokens a "
             f"second and process, measured on {self.measured_tokens:,} tokens",
             "device": self.device,
         }

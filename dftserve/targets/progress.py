@@ -44,10 +44,10 @@ class Progress:
     def _left(self, rate: float) -> str:
         if self.total is None or not rate:
             return ""
-        return f", about {shown_seconds((self.total - self.done) / rate)} left"
+        return f", about {duration_text((self.total - self.done) / rate)} left"
 
 
-def shown_seconds(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A duration in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -150,10 +150,10 @@ def _path(name: str) -> Path:
     if path.suffix in SUFFIXES:
         raise ValueError(
             f"{path}: no such file; accepted: a .yaml file, or a shipped recipe: "
-            f"{settings.among(path.stem, shipped())}."
+            f"{settings.accepted_names(path.stem, shipped())}."
         )
     raise ValueError(
-        f"no recipe has the name {name!r}; accepted: {settings.among(name, shipped())}, "
+        f"no recipe has the name {name!r}; accepted: {settings.accepted_names(name, shipped())}, "
         "or the path of a .yaml file."
     )
 
@@ -479,7 +479,7 @@ class _Teacher:
     def __post_init__(self) -> None:
         _between(1e-3, 100, temperature=self.temperature)
         if self.dtype not in DTYPES:
-            accepted = settings.among(self.dtype, DTYPES)
+            accepted = settings.accepted_names(self.dtype, DTYPES)
             raise ValueError(f"dtype: got {self.dtype!r:.80}; accepted: {accepted}.")
         if self.device is not None and not _DEVICE.fullmatch(self.device):
             raise ValueError(

@@ -191,7 +191,7 @@ def as_text(summary: Summary) -> str:
             f"{of.token_ruled_out:>11.1%}"
         )
     for found in calibrated.calibrations(plan.get("source")):
-        lines += ["", calibrated.shown(found)]
+        lines += ["", calibrated.as_text(found)]
     lines += ["", "entropy of the training targets, nats", *_bars(summary.splits["train"])]
     for number, example in enumerate(summary.examples, 1):
         lines += ["", f"example {number}: {_visible(example.before)[-60:]}"]

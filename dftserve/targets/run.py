@@ -172,14 +172,14 @@ class _Prepared:
 
 
 def _prepared(job: Job, say: Say) -> _Prepared:
-    begun = store.begun(job.out)
+    begun = store.existing_plan(job.out)
     recipe = recipes.load(job.recipe, job.values)
     recipes.check_inputs(recipe)
     material = read_documents(job, recipe, say, written_at=_written_at(recipe, begun))
     documents = material.documents
     source = _source(recipe, material.tokenizer, documents, begun.get("source"), say)
     for found in calibrated.calibrations(source.describe()):
-        say(calibrated.shown(found))
+        say(calibrated.as_text(found))
     plan = store.plan(
         source,
         documents,
@@ -233,7 +233,7 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
     documents, found = encode_all(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )
-    say(shown(found))
+    say(corpus_text(found))
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers.values():
         teacher.check_length(longest, "--max-tokens")
@@ -409,11 +409,11 @@ def encode_all(
     found["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
     found["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
     if not documents["train"]:
-        raise ValueError(f"nothing is left to train on:\n{shown(found)}")
+        raise ValueError(f"nothing is left to train on:\n{corpus_text(found)}")
     if corpus.heldout and not documents["heldout"]:
         raise ValueError(
             "nothing is left of what is held out; hold out other texts (--heldout-from), more of "
-            f"them or by another --seed, or none (--heldout 0):\n{shown(found)}"
+            f"them or by another --seed, or none (--heldout 0):\n{corpus_text(found)}"
         )
     return documents, found
 
@@ -495,7 +495,7 @@ def _has_conversations(corpus: Corpus) -> bool:
     return any(text.messages is not None for text in (*corpus.train, *corpus.heldout))
 
 
-def shown(found: Mapping[str, Any]) -> str:
+def corpus_text(found: Mapping[str, Any]) -> str:
     """The report of a corpus, for a terminal."""
     counts = ", ".join(f"{found[what]:,} {what}" for what in ("kept", "stripped", "joined"))
     lines = [f"{found['read']:,} texts read, {counts}."]

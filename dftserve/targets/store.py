@@ -40,16 +40,16 @@ from dftserve import __version__, atomic, lock, settings
 from dftserve.bounded_files import (
     INTEGERS,
     FileError,
-    advised,
     is_plain_name,
     open_growing,
     parse_json,
     read_json,
     read_text,
     real_file,
+    with_advice,
 )
 from dftserve.digest import digest_of
-from dftserve.fingerprints import misfit
+from dftserve.fingerprints import mismatch
 from dftserve.targets.document import Document
 from dftserve.targets.limits import LARGEST_KEPT
 from dftserve.targets.source import Source
@@ -109,7 +109,7 @@ class Plan:
         if self.seed not in INTEGERS:
             raise StoreError(f"seed: got {self.seed}; accepted: a whole number of 64 bits.")
         if self.tail not in TAILS:
-            accepted = settings.among(self.tail, TAILS)
+            accepted = settings.accepted_names(self.tail, TAILS)
             raise StoreError(f"tail: got {self.tail!r:.80}; accepted: {accepted}.")
 
 
@@ -204,7 +204,7 @@ class Manifest:
             content = read_json(path, within=folder, largest=LARGEST_MANIFEST)
             manifest = settings.load(cls, content, str(path))
         except ValueError as error:
-            raise StoreError(advised(error, REBUILD)) from None
+            raise StoreError(with_advice(error, REBUILD)) from None
         if manifest.plan.format != FORMAT:
             raise StoreError(
                 f"{path}: got the format {manifest.plan.format}; accepted: {FORMAT}; {REBUILD}."
@@ -327,7 +327,7 @@ def begin(folder: Path, wanted: Plan) -> None:
     Raises:
         StoreError: the folder contains a build with another plan, or other files.
     """
-    found = begun(folder)
+    found = existing_plan(folder)
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / PLAN, _json(asdict(wanted)))
@@ -343,7 +343,7 @@ def begin(folder: Path, wanted: Plan) -> None:
         (folder / LOCK).unlink(missing_ok=True)
 
 
-def begun(folder: Path) -> Mapping[str, Any]:
+def existing_plan(folder: Path) -> Mapping[str, Any]:
     """The plan of the finished or unfinished build in a folder; empty if none was started.
 
     Raises:
@@ -363,7 +363,7 @@ def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
     try:
         found = read_json(path, within=folder, largest=LARGEST_MANIFEST)
     except FileError as error:
-        raise StoreError(advised(error, "choose another folder, or remove this one")) from None
+        raise StoreError(with_advice(error, "choose another folder, or remove this one")) from None
     plan = found.get("plan", found) if isinstance(found, Mapping) else None
     if not plan or not isinstance(plan, Mapping):
         raise StoreError(f"{path} is no plan of a store; choose another folder, or remove it.")
@@ -612,7 +612,7 @@ class TargetStore:
             text = read_text(path, within=self.folder, largest=LARGEST_MANIFEST)
             content = parse_json(text, str(path))
         except FileError as error:
-            raise StoreError(advised(error, REBUILD)) from None
+            raise StoreError(with_advice(error, REBUILD)) from None
         if content.get("blake3") != _digest_of(content) or text != _json(content):
             raise StoreError(f"{path} is not the file that the build wrote; build it again.")
         for shard in self.manifest.shards:
@@ -627,7 +627,7 @@ class TargetStore:
             StoreError: another tokenizer, another chat template, or a vocabulary too small.
         """
         of = self.manifest.plan
-        why = misfit(
+        why = mismatch(
             str(self.folder),
             tokenizer=(of.tokenizer, tokenizer),
             template=(of.template, template),
@@ -663,7 +663,7 @@ def _as_store_error(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; {REBUILD}.") from None
     except FileError as error:
-        raise StoreError(advised(error, REBUILD)) from None
+        raise StoreError(with_advice(error, REBUILD)) from None
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{path} cannot be read ({error}); {REBUILD}.") from None
 

@@ -46,7 +46,7 @@ class CrossFitted:
         check_folds(self.folds)
 
     @classmethod
-    def begun(cls, folder: Path) -> "CrossFitted | None":
+    def started(cls, folder: Path) -> "CrossFitted | None":
         """The metadata of finished or unfinished students; None if none were begun.
 
         Raises:
@@ -60,7 +60,7 @@ class CrossFitted:
     @classmethod
     def read(cls, folder: Path) -> "CrossFitted":
         """Raises ValueError: not a folder of students, or an unfinished one."""
-        found = cls.begun(folder)
+        found = cls.started(folder)
         if found is None:
             raise ValueError(
                 f"students: got {str(folder)!r}, which has no {STUDENTS_FILE}; accepted: the --out "

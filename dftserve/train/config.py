@@ -65,7 +65,7 @@ class DivergenceConfig:
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
-            accepted = settings.among(self.name, DIVERGENCES)
+            accepted = settings.accepted_names(self.name, DIVERGENCES)
             raise ValueError(f"name: got {self.name!r}; accepted: {accepted}.")
         if isinstance(self.target_weight, str) and self.target_weight != AUTO:
             raise ValueError(
@@ -271,7 +271,9 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             if value not in known:
-                accepted = settings.among(value, [each for each in known if each is not None])
+                accepted = settings.accepted_names(
+                    value, [each for each in known if each is not None]
+                )
                 why = FLASH if str(value).startswith("flash") else ""
                 raise ValueError(f"{name}: got {value!r}; accepted: {accepted}.{why}")
         if self.weights == "bf16":

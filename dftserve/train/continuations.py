@@ -42,7 +42,7 @@ class Anchors:
         return int(self.is_real_BK.sum())
 
     @staticmethod
-    def drawn(
+    def draw(
         batch: Mapping[str, Tensor], *, length: int, every: int, source: np.random.Generator
     ) -> "Anchors":
         """Anchors at every `every`-th trained token of a document, from a random first one.
@@ -156,7 +156,7 @@ class Layout:
     def predicting_states(self, hidden_BQD: Tensor) -> Tensor:
         """[B, K, S, G, D]: the hidden states that predict each token of the continuations."""
         at_BKSG = self.predicting_positions()
-        taken_BXD = _taken(hidden_BQD, at_BKSG.flatten(1))
+        taken_BXD = _gather(hidden_BQD, at_BKSG.flatten(1))
         return taken_BXD.reshape(*at_BKSG.shape, hidden_BQD.shape[-1])
 
 
@@ -187,10 +187,10 @@ def sample(
     text = layout.inputs(text_BN, slice(0, layout.tokens), dtype)
     hidden_BND = model.states_with_cache(cache, **text).hidden_BND
     place_BX = layout.places_BK.repeat_interleave(layout.samples, dim=1)
-    hidden_BXD = _taken(hidden_BND.reshape(rows, layout.tokens, -1), place_BX)
+    hidden_BXD = _gather(hidden_BND.reshape(rows, layout.tokens, -1), place_BX)
     drawn_GBX: list[Tensor] = []
     for step in range(layout.length):
-        drawn_GBX.append(_drawn(model, hidden_BXD, generator))
+        drawn_GBX.append(_sample(model, hidden_BXD, generator))
         if step + 1 < layout.length:
             given = layout.inputs(drawn_GBX[-1], layout.step(step), dtype)
             hidden_BXD = model.states_with_cache(cache, **given).hidden_BND
@@ -199,12 +199,12 @@ def sample(
     return stacked_GBX.permute(1, 2, 0).reshape(rows, anchors, layout.samples, layout.length)
 
 
-def _taken(values_BND: Tensor, places_BX: Tensor) -> Tensor:
+def _gather(values_BND: Tensor, places_BX: Tensor) -> Tensor:
     """[B, X, D]: the values at `places_BX` of each row."""
     return values_BND.gather(1, places_BX[:, :, None].expand(-1, -1, values_BND.shape[-1]))
 
 
-def _drawn(model: LanguageModel, hidden_BXD: Tensor, generator: torch.Generator) -> Tensor:
+def _sample(model: LanguageModel, hidden_BXD: Tensor, generator: torch.Generator) -> Tensor:
     """One sampled token for each hidden state, int64 [B, X]."""
     head = model.head
     hidden_RD = hidden_BXD.flatten(0, 1)

@@ -91,7 +91,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Taken:
+class ReadCounts:
     """Counts of what is read from a store."""
 
     rows: int
@@ -133,10 +133,10 @@ class Rows(Dataset):
         """The rows of each store: here of a single one, in `MixedRows` of several."""
         return (self,)
 
-    def sizes(self) -> list[Taken]:
+    def sizes(self) -> list[ReadCounts]:
         """What an epoch reads from each store."""
         tokens = sum(len(piece) for row in self.rows for piece in row)
-        return [Taken(len(self.rows), tokens, sum(self.trained))]
+        return [ReadCounts(len(self.rows), tokens, sum(self.trained))]
 
     def _trained_tokens(self, parts: Sequence[Piece]) -> dict[Piece, int]:
         """Trained tokens of each piece."""

@@ -194,7 +194,7 @@ class FeatureMatching:
         """
         seeds = np.random.SeedSequence((self.seed, *key)).generate_state(2, np.uint64)
         settings, text_BN = self.config, batch["input_ids"]
-        anchors = Anchors.drawn(
+        anchors = Anchors.draw(
             batch,
             length=settings.length,
             every=settings.every,

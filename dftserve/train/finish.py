@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dftserve import atomic, checkpoint, lm
-from dftserve.spec import Promise
+from dftserve.spec import CheckpointInfo
 from dftserve.targets.calibrated import is_refused
 from dftserve.train import processes
 from dftserve.train.config import TrainConfig
@@ -59,9 +59,9 @@ def finish(
         what = "next-token entropies" if is_refused(source) else "the diversity to suggest"
         processes.say(f"Measuring {what}, on held-out text.")
     seen = profile(prepared.loaded.language_model, config, material)
-    promised = promise(config, seen, source)
-    if promised.diversity is not None:
-        processes.say(f"Suggested: diversity {promised.diversity.level:g} (dft.json).")
+    info = checkpoint_info(config, seen, source)
+    if info.diversity is not None:
+        processes.say(f"Suggested: diversity {info.diversity.level:g} (dft.json).")
     data = {
         "model": Path(config.model).name,
         "weights": material.weights,
@@ -88,7 +88,7 @@ def finish(
         material.tokenizer.save_pretrained(made)
         copy_companions(material.found.folder, made)
         check_reloaded(made, trained, sample)
-        checkpoint.describe(made, promised, run)
+        checkpoint.describe(made, info, run)
         checkpoint.seal(made)
 
 
@@ -148,7 +148,9 @@ def _profile_of(
     return measure(language_model, batches, stop_ids=stops, tokens=tokens, share=share)
 
 
-def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Promise:
+def checkpoint_info(
+    config: TrainConfig, seen: Profile, source: Mapping[str, Any]
+) -> CheckpointInfo:
     """The content of the checkpoint's dft.json.
 
     Held-out targets are the mixture's own even if the mixture is refused. Then they are neither
@@ -156,10 +158,10 @@ def promise(config: TrainConfig, seen: Profile, source: Mapping[str, Any]) -> Pr
     """
     recipe = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
     if not len(seen.model_T):
-        return Promise(recipe=recipe)
+        return CheckpointInfo(recipe=recipe)
     refused = is_refused(source)
     reads = DIVERGENCES[config.divergence.name].reads_target and not refused
-    return Promise(
+    return CheckpointInfo(
         recipe=recipe,
         diversity=None if refused else seen.suggested,
         target_entropy=round(seen.target_mean, 4) if reads else None,

@@ -72,10 +72,10 @@ class Material:
         named = zip(self.stores, store_names(paths), strict=True)
         return replace(self, stores=tuple(replace(each, name=name) for each, name in named))
 
-    def shown(self) -> str:
+    def as_text(self) -> str:
         """The amount of training text, in one line per store."""
         rows_of = zip(self.stores, self.train.parts, strict=True)
-        lines = [_shown(each, rows) for each, rows in rows_of]
+        lines = [_store_text(each, rows) for each, rows in rows_of]
         if len(self.stores) > 1:
             lines = [
                 f"{each.name}: {line} Weight {each.weight:.4g}."
@@ -99,15 +99,15 @@ class Material:
         return " ".join(warnings) or None
 
 
-def _shown(named: NamedStore, rows: Rows) -> str:
+def _store_text(named: NamedStore, rows: Rows) -> str:
     counts = named.store.manifest.plan.corpus
     trained, tokens = (counts.get(what, {}).get("train") for what in ("trained", "tokens"))
     of_tokens = "" if trained is None else f", {tokens:,} tokens, {trained:,} of them trained"
     shown = f"{named.store.count('train'):,} documents in {len(rows):,} rows{of_tokens}."
-    return shown if (cut := cut_shown([rows])) is None else f"{shown} {cut}."
+    return shown if (cut := cut_text([rows])) is None else f"{shown} {cut}."
 
 
-def cut_shown(parts: Sequence[Rows]) -> str | None:
+def cut_text(parts: Sequence[Rows]) -> str | None:
     """A description of the documents that are longer than a row; None if there are none."""
     documents = sum(part.cut.documents for part in parts)
     if not documents:

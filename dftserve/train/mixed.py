@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from dftserve.targets.document import Document
 from dftserve.targets.sparse import Targets
-from dftserve.train.data import Row, Rows, Taken
+from dftserve.train.data import ReadCounts, Row, Rows
 
 Key = tuple[int, int]
 """The index of a store, and of a row in it."""
@@ -100,13 +100,13 @@ class MixedRows(Dataset):
         for store, row in islice(self.order(), len(self)):
             yield self[store, row], sum(map(len, self.parts[store].rows[row]))
 
-    def sizes(self) -> list[Taken]:
+    def sizes(self) -> list[ReadCounts]:
         """What the first epoch reads from each store."""
-        taken = [Taken(0, 0, 0)] * len(self.parts)
+        taken = [ReadCounts(0, 0, 0)] * len(self.parts)
         for store, row in islice(self.order(), len(self)):
             part, before = self.parts[store], taken[store]
             tokens = before.tokens + sum(map(len, part.rows[row]))
-            taken[store] = Taken(before.rows + 1, tokens, before.trained + part.trained[row])
+            taken[store] = ReadCounts(before.rows + 1, tokens, before.trained + part.trained[row])
         return taken
 
     @cached_property

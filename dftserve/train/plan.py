@@ -14,10 +14,10 @@ import torch
 
 from dftserve import cpu
 from dftserve.train.config import AUTO, TrainConfig
-from dftserve.train.data import Taken
+from dftserve.train.data import ReadCounts
 from dftserve.train.feature_matching import FeatureMatching
 from dftserve.train.head import CHUNK_ELEMENTS
-from dftserve.train.material import Material, cut_shown, steps_of, steps_of_epoch
+from dftserve.train.material import Material, cut_text, steps_of, steps_of_epoch
 from dftserve.train.model import enable_checkpointing
 from dftserve.train.prepare import matching_of, prepare
 from dftserve.train.target_weight import of_first_candidate, probe_steps
@@ -44,7 +44,7 @@ class StorePlan:
     readings: float
     """How often the run reads each row."""
 
-    def shown(self) -> str:
+    def as_text(self) -> str:
         return (
             f"{self.name}, weight {self.weight:.4g}: {self.documents:,} documents in "
             f"{self.rows:,} rows, read {self.readings:.3g} times, {self.tokens:,} tokens, "
@@ -106,15 +106,15 @@ class TrainPlan:
     def as_json(self) -> str:
         return json.dumps(asdict(self) | {"memory_bytes": self.memory_bytes}, indent=2)
 
-    def shown(self) -> str:
+    def as_text(self) -> str:
         lines = {
             "parameters": f"{self.parameters:,}, {self.trained_parameters:,} of them trained",
-            "text": self._text_shown(),
-            "steps": f"{self.steps:,}, {self.tokens:,} tokens" + self._probes_shown(),
+            "text": self._rows_text(),
+            "steps": f"{self.steps:,}, {self.tokens:,} tokens" + self._probes_text(),
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
             "on one batch; without evaluation and saving",
             "memory": f"{_size(self.memory_bytes)}: process {_size(self.process_bytes)}, weights "
-            f"{_size(self.weights_bytes)}{self._network_shown()}, gradients "
+            f"{_size(self.weights_bytes)}{self._network_text()}, gradients "
             f"{_size(self.gradient_bytes)}, optimizer "
             f"{_size(self.optimizer_bytes)}, activations {_size(self.activation_bytes)}, head "
             f"{_size(self.head_bytes)}",
@@ -134,22 +134,22 @@ class TrainPlan:
             lines["warning"] = self.warning
         return "\n".join(f"{name:12}{value}" for name, value in lines.items())
 
-    def _network_shown(self) -> str:
+    def _network_text(self) -> str:
         if not self.network_bytes:
             return ""
         return f", those before the run {_size(self.network_bytes)}"
 
-    def _text_shown(self) -> str:
+    def _rows_text(self) -> str:
         epoch = (
             f"{self.rows:,} rows, {self.tokens_per_epoch:,} tokens, "
             f"{self.trained_tokens_per_epoch:,} of them trained"
         )
         if len(self.stores) == 1:
             return f"{self.documents:,} documents in {epoch}"
-        lines = (f"an epoch of {epoch}", *(store.shown() for store in self.stores))
+        lines = (f"an epoch of {epoch}", *(store.as_text() for store in self.stores))
         return f"\n{'':12}".join(lines)
 
-    def _probes_shown(self) -> str:
+    def _probes_text(self) -> str:
         if not self.candidates:
             return ""
         tried = ", ".join(f"{weight:g}" for weight in self.candidates)
@@ -190,7 +190,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         precision=_precision(config.precision, device),
         weights=config.weights,
         not_packed_because=prepared.not_packed_because,
-        cut=cut_shown(material.train.parts),
+        cut=cut_text(material.train.parts),
         warning=material.warning,
         tokens_per_epoch=tokens,
         trained_tokens_per_epoch=trained_tokens,
@@ -265,7 +265,9 @@ def _precision(named: str, device: str) -> str:
     return f"{named}, for which this CPU has no instructions: fp32 is many times as fast"
 
 
-def _stores(material: Material, taken: Sequence[Taken], epochs: float) -> tuple[StorePlan, ...]:
+def _stores(
+    material: Material, taken: Sequence[ReadCounts], epochs: float
+) -> tuple[StorePlan, ...]:
     """The plan of each store: the counts of the first epoch times the number of epochs."""
     return tuple(
         StorePlan(

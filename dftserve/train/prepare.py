@@ -82,7 +82,7 @@ def prepare(config: TrainConfig) -> Prepared:
         _check_anchors(config.feature_matching, material)
         continuations.check(loaded.language_model, material.longest)
     try_save(loaded.language_model.model, material.tokenizer, material.found.name)
-    return Prepared(material, narrowed(loaded, config), reason, resident)
+    return Prepared(material, cast_frozen_weights(loaded, config), reason, resident)
 
 
 def _check_anchors(matching: FeatureMatchingConfig, material: Material) -> None:
@@ -90,7 +90,7 @@ def _check_anchors(matching: FeatureMatchingConfig, material: Material) -> None:
     source = np.random.default_rng(0)
     for item, _ in material.train.items():
         batch = material.collate([item])
-        if len(Anchors.drawn(batch, length=matching.length, every=matching.every, source=source)):
+        if len(Anchors.draw(batch, length=matching.length, every=matching.every, source=source)):
             return
     raise ValueError(
         f"feature_matching.length: got {matching.length}, and no document of these targets has "
@@ -133,7 +133,7 @@ def load_model(config: TrainConfig, material: Material) -> Loaded:
     return Loaded(model, language_model)
 
 
-def narrowed(loaded: Loaded, config: TrainConfig) -> Loaded:
+def cast_frozen_weights(loaded: Loaded, config: TrainConfig) -> Loaded:
     """If `weights` is bf16, cast the frozen weights to it in place and move the model to the
     training device.
 

@@ -23,10 +23,10 @@ from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.finish import finish, whole_model
 from dftserve.train.prepare import (
     Prepared,
+    cast_frozen_weights,
     load_model,
     make_trainer,
     matching_of,
-    narrowed,
     prepare,
 )
 from dftserve.train.run_folder import RunFolder
@@ -71,7 +71,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     folder.check_seen()
     material = prepared.material.named_after(folder.store_paths())
     prepared = replace(prepared, material=material)
-    processes.say(material.shown())
+    processes.say(material.as_text())
     resume, tried = folder.resume_state()
     if resume is not None:
         processes.say(f"Going on from {resume}.")
@@ -86,7 +86,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         del prepared
         config = target_weight.choose(config, material, output, tried)
         set_seed(config.seed)
-        prepared = checked(loaded=narrowed(load_model(config, material), config))
+        prepared = checked(loaded=cast_frozen_weights(load_model(config, material), config))
     with processes.together():
         matching = matching_of(config, prepared.loaded, material)
         trainer = make_trainer(config, prepared.loaded.model, material, matching=matching)

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic, checkpoint, lock, pretrained
-from dftserve.bounded_files import FileError, advised, open_growing, read_json, read_text, shaped_as
+from dftserve.bounded_files import (
+    FileError,
+    open_growing,
+    read_json,
+    read_text,
+    shaped_as,
+    with_advice,
+)
 from dftserve.checkpoint import RUN_SETTINGS as SETTINGS
 from dftserve.digest import digest_of
 from dftserve.pretrained import model_digest
@@ -215,7 +222,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except FileError as error:
-        raise ValueError(advised(error, ELSEWHERE)) from None
+        raise ValueError(with_advice(error, ELSEWHERE)) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not what a run writes; {ELSEWHERE}.")
     return content

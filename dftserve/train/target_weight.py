@@ -16,7 +16,7 @@ from dftserve.bounded_files import shaped_as
 from dftserve.train import processes
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.material import Material, steps_of
-from dftserve.train.prepare import load_model, make_trainer, matching_of, narrowed
+from dftserve.train.prepare import cast_frozen_weights, load_model, make_trainer, matching_of
 from dftserve.train.run_folder import WEIGHTS
 from dftserve.train.trainer import HUMAN_NLL
 
@@ -24,7 +24,7 @@ from dftserve.train.trainer import HUMAN_NLL
 def of_first_candidate(config: TrainConfig) -> TrainConfig:
     """The configuration, with the first candidate as weight if it is still to be chosen."""
     is_auto = config.divergence.target_weight == AUTO
-    return _weighted(config, config.divergence.to_try[0]) if is_auto else config
+    return _with_weight(config, config.divergence.to_try[0]) if is_auto else config
 
 
 def choose(
@@ -48,19 +48,19 @@ def choose(
             continue
         gc.collect()  # A model has reference cycles, so the previous one is not freed by itself.
         processes.say(f"Trying target_weight {name}, {steps} steps:")
-        tried[name] = _tried(_weighted(config, weight), material, steps)
+        tried[name] = _probe(_with_weight(config, weight), material, steps)
         if processes.is_first():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
     gc.collect()
     best = _best(path, {name: tried[name] for name in candidates})
-    return _weighted(config, candidates[best])
+    return _with_weight(config, candidates[best])
 
 
-def _tried(config: TrainConfig, material: Material, steps: int) -> dict[str, Any]:
+def _probe(config: TrainConfig, material: Material, steps: int) -> dict[str, Any]:
     """The held-out human NLL after a short run, in total and (nats, tokens) of each batch."""
     probe = replace(config, steps=steps, evaluate_every=1 << 30, patience=None, report_to="none")
     set_seed(config.seed)
-    loaded = narrowed(load_model(probe, material), probe)
+    loaded = cast_frozen_weights(load_model(probe, material), probe)
     matching = matching_of(probe, loaded, material)
     trainer = make_trainer(probe, loaded.model, material, matching=matching)
     trainer.args.save_strategy = "no"
@@ -82,7 +82,7 @@ def _best(path: Path, results: Mapping[str, Any]) -> str:
         )
         counts = [int(count) for count in next(iter(results.values())).get("stores", ())]
     best = min(found, key=lambda name: found[name])
-    processes.say(weights_shown(found, best))
+    processes.say(candidates_text(found, best))
     indistinct = [
         name for name in found if name != best and not differs(batches[best], batches[name], counts)
     ]
@@ -101,7 +101,7 @@ def probe_steps(config: TrainConfig, material: Material) -> int:
     return min(config.divergence.probe_steps, max(1, third))
 
 
-def weights_shown(tried: Mapping[str, float], best: str) -> str:
+def candidates_text(tried: Mapping[str, float], best: str) -> str:
     """The likelihood of each candidate of `auto`, one per line."""
     width = max(map(len, tried))
     lines = (
@@ -162,5 +162,5 @@ def _strata(batches: int, counts: Sequence[int]) -> list[np.ndarray]:
     return [np.concatenate([parts[most], *single]), *own]
 
 
-def _weighted(config: TrainConfig, weight: float) -> TrainConfig:
+def _with_weight(config: TrainConfig, weight: float) -> TrainConfig:
     return replace(config, divergence=replace(config.divergence, target_weight=weight))

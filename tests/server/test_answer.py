@@ -187,7 +187,7 @@ def test_structured_output_stays_valid(v1):
 
 @BOTH
 def test_human_is_the_budget_law_at_the_checkpoint_s_target(engine):
-    entropy = spec.Promise.read(engine.model_folder).target_entropy
+    entropy = spec.CheckpointInfo.read(engine.model_folder).target_entropy
     answer = post(engine, "/v1/chat/completions", chat_body(diversity="human", **SHORT)).json()
     effective = {"law": "budget", "target_entropy": entropy, "max_temperature": 4.0}
     assert effective.items() <= answer["diversity"].items()

@@ -14,7 +14,7 @@ from dftserve import bounded_files, checkpoint, model_folder, settings
 from dftserve.bounded_files import FileError
 from dftserve.evaluate import reference
 from dftserve.evaluate.text.windows import Sample
-from dftserve.spec import Promise
+from dftserve.spec import CheckpointInfo
 from tests.bounded_commands import Commands
 from tests.texts import human_like
 from tests.training import save_model, save_store
@@ -39,11 +39,11 @@ def whole(tmp_path_factory) -> Path:
     save_model(root / "model")
     save_store(root / "store", count=12, heldout=4)
     shutil.copytree(root / "model", root / "final")
-    Promise(recipe="a test", diversity=None).write(root / "final")
+    CheckpointInfo(recipe="a test", diversity=None).write(root / "final")
     checkpoint.seal(root / "final")
-    shutil.copytree(root / "model", root / "promised")
-    promise = {"recipe": "a test", "diversity": {"level": 0.5}}
-    (root / "promised" / "dft.json").write_text(json.dumps(promise))
+    shutil.copytree(root / "model", root / "with_info")
+    info = {"recipe": "a test", "diversity": {"level": 0.5}}
+    (root / "with_info" / "dft.json").write_text(json.dumps(info))
     texts = human_like(96)
     reference.save(reference.build([Sample(text) for text in texts]), root / "anchors")
     (root / "corpus").mkdir()
@@ -107,16 +107,16 @@ EVALUATE = (
 BLIND = (
     "evaluate blind page {0}/answers --human {0}/answers/people.jsonl --html {0}/x.html --seed 1"
 )
-SERVE = "serve {0}/promised --default-diversity checkpoint --dry-run"
+SERVE = "serve {0}/with_info --default-diversity checkpoint --dry-run"
 SHARD = "store/train-00000.safetensors"
 
 READERS = {
-    "dft.json, served": Reader("promised/dft.json", SERVE),
+    "dft.json, served": Reader("with_info/dft.json", SERVE),
     "dft.json, verified": Reader("final/dft.json", "checkpoint verify {0}/final"),
     "checksums.json": Reader("final/checksums.json", "checkpoint verify {0}/final"),
     "checksums.json, served": Reader("final/checksums.json", "serve {0}/final --dry-run"),
     "weights": Reader("final/model.safetensors", "checkpoint verify {0}/final"),
-    "config.json, served": Reader("promised/config.json", SERVE),
+    "config.json, served": Reader("with_info/config.json", SERVE),
     "config.json, trained": Reader("model/config.json", TRAIN),
     "tokenizer.json": Reader("model/tokenizer.json", TRAIN),
     "manifest, inspected": Reader("store/manifest.json", "target inspect {0}/store"),
@@ -324,9 +324,9 @@ def test_checksums_may_name_only_files_of_their_folder(commands, workspace, name
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), HUGE, 10**400, -1, "1"], ids=str)
 @pytest.mark.parametrize("name", ["target_entropy", "model_entropy", "diversity"])
-def test_numbers_of_a_promise_have_bounds(commands, workspace, name, value):
+def test_numbers_of_a_dft_json_have_bounds(commands, workspace, name, value):
     reader = READERS["dft.json, served"]
-    changed(workspace / reader.file, lambda promise: promise.update({name: value}))
+    changed(workspace / reader.file, lambda info: info.update({name: value}))
     refused(commands, reader, workspace, name)
 
 

@@ -18,8 +18,8 @@ from dftserve.targets.calibrated import (
     Calibrated,
     Fit,
     _select_documents,
+    as_text,
     calibrate,
-    shown,
     verdict,
     with_text,
 )
@@ -32,7 +32,7 @@ from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
 from dftserve.train.config import TrainConfig
 from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
-from dftserve.train.finish import promise
+from dftserve.train.finish import checkpoint_info
 from dftserve.train.material import read
 from dftserve.train.profile import Profile
 from tests.training import Noise, documents, save_model, save_store, save_texts, small_model
@@ -127,7 +127,7 @@ def test_a_source_that_is_better_than_the_model_gets_a_share(better_source):
     assert all(each.nats.low > 0 for each in calibration.gains)
     assert "train with divergence.target_weight 1" in verdict(calibration)
     for name in ("mixture", "teacher", "ngram 1", "other", "95 % interval", "gain over"):
-        assert name in shown(calibration)
+        assert name in as_text(calibration)
     own_T = rows_of(source, TRAIN[0]).exp().gather(1, torch.from_numpy(labels(TRAIN[0]))[:, None])
     assert float(own_T.min()) >= 1 - max(each.share for each in calibration.bins) - 1e-6
     assert float(own_T.mean()) < 1
@@ -146,23 +146,23 @@ def test_training_on_a_refused_mixture_is_plain_fine_tuning(true_model, weight):
         torch.testing.assert_close(gradient_TV, expected_TV)
 
 
-def test_a_refused_mixture_does_not_enter_the_promise_of_a_checkpoint(true_model, better_source):
+def test_a_refused_mixture_does_not_enter_the_dft_json_of_a_checkpoint(true_model, better_source):
     """Its rows of held-out text are those of the mixture, and not what was trained on."""
     config = TrainConfig(model="m", targets="t", output="o")
     seen = Profile(np.full(9, 2.0), np.full(9, 1.0), {0.1: 1.5, 0.2: 2.0, 0.3: 2.5})
     refused, passed = true_model[1].describe(), better_source[1].describe()
     for source in (refused, {"kind": "mix", "sources": [refused, passed]}):
-        promised = promise(config, seen, source)
-        assert (promised.diversity, promised.target_entropy, promised.target_deciles) == (
+        info = checkpoint_info(config, seen, source)
+        assert (info.diversity, info.target_entropy, info.target_deciles) == (
             None,
             None,
             None,
         )
-        assert promised.human_diversity is None
-        assert (promised.model_entropy, promised.model_deciles) == (1.0, (1.0,) * 9)
-    promised = promise(config, seen, passed)
-    assert (promised.diversity, promised.target_entropy) == (parse(0.2), 2.0)
-    assert promised.target_deciles == (2.0,) * 9
+        assert info.human_diversity is None
+        assert (info.model_entropy, info.model_deciles) == (1.0, (1.0,) * 9)
+    info = checkpoint_info(config, seen, passed)
+    assert (info.diversity, info.target_entropy) == (parse(0.2), 2.0)
+    assert info.target_deciles == (2.0,) * 9
 
 
 def test_a_run_on_a_refused_mixture_reports_it_before_training(
@@ -173,7 +173,7 @@ def test_a_run_on_a_refused_mixture_reports_it_before_training(
         monkeypatch.setattr(Noise, "describe", lambda self, source=source: source.describe())
         targets = save_store(tmp_path / f"targets-{number}", count=4, heldout=2)
         config = TrainConfig(model=str(model), targets=str(targets), output="o")
-        report = read(config).shown()
+        report = read(config).as_text()
         assert ("is refused" in report, "suggest no diversity" in report) == (
             source is true_model[1],
         ) * 2
@@ -199,7 +199,7 @@ def test_tokens_that_a_component_rules_out_are_reported_and_not_averaged(better_
     possible_T = np.isfinite(logprobs_T)
     assert cache.ruled_out == pytest.approx(1 - possible_T.mean())
     assert cache.nll.mean == pytest.approx(-logprobs_T[possible_T].mean())
-    assert f"{cache.ruled_out:.1%}" in shown(better_source[0])
+    assert f"{cache.ruled_out:.1%}" in as_text(better_source[0])
 
 
 def test_rows_are_distributions(true_model, better_source):
@@ -439,7 +439,7 @@ def test_bins_closed_because_of_few_texts_are_reported(better_source):
     calibration, _ = better_source
     *others, last = calibration.bins
     closed = replace(last, gain=None, share=0.0)
-    report = shown(replace(calibration, bins=(*others, closed)))
+    report = as_text(replace(calibration, bins=(*others, closed)))
     assert last.positions > 0
     assert f"share 0 in 1 bins, {last.positions:,} positions, that are in fewer than 40" in report
 

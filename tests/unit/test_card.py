@@ -10,7 +10,7 @@ import pytest
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CARD, CheckpointError
-from dftserve.spec import CHECKSUMS, Promise
+from dftserve.spec import CHECKSUMS, CheckpointInfo
 from tests.training import save_sealed
 
 
@@ -169,7 +169,7 @@ def test_names_of_metrics_and_stores_are_escaped():
     run = checkpoint.Run.of(
         {}, {"model": "base"}, steps=1, metrics={f"human_nll/{name}": 1.5, "human_nll": 2.5}
     )
-    card = checkpoint._card(Promise(recipe=f"forward_kl toward {name}"), run)
+    card = checkpoint._card(CheckpointInfo(recipe=f"forward_kl toward {name}"), run)
     escaped = r"a_b\*c\*\_d\_\[e\](f)\`g\`"
     assert f"- human nll/{escaped}: 1.5000\n" in card
     assert "- human nll: 2.5000\n" in card
@@ -181,7 +181,7 @@ def test_a_command_line_that_is_not_utf8_is_recorded(tmp_path, monkeypatch):
     path = os.fsdecode(b"caf\xe9.yaml")
     monkeypatch.setattr(sys, "argv", ["dftserve", "train", path])
     run = checkpoint.Run.of({"model": path}, {}, steps=1, metrics={})
-    checkpoint.describe(tmp_path, Promise(recipe=path), run)
+    checkpoint.describe(tmp_path, CheckpointInfo(recipe=path), run)
     recorded = json.loads((tmp_path / checkpoint.RUN).read_text())
     assert recorded["argv"][-1] == recorded["settings"]["model"] == path
     assert "caf" in (tmp_path / CARD).read_text()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import dftserve
 from dftserve.cli import main
-from dftserve.spec import Promise, parse
+from dftserve.spec import CheckpointInfo, parse
 from tests.local_server import reply, serving
 from tests.vllm_source import as_wheel, write_vllm
 
@@ -101,7 +101,7 @@ def test_after_two_dashes_everything_is_passed_to_vllm():
 
 
 def test_the_default_of_the_checkpoint_is_used(tmp_path):
-    Promise(recipe="r", diversity=parse(0.3)).write(tmp_path)
+    CheckpointInfo(recipe="r", diversity=parse(0.3)).write(tmp_path)
     result = run("serve", str(tmp_path), "--default-diversity", "checkpoint", "--dry-run")
     assert '"level": 0.3' in result.stderr
 

@@ -604,7 +604,7 @@ def test_one_error_gives_exit_code_1():
         "state": "error",
         "text": "x",
     }
-    assert len(doctor.shown(reported).splitlines()) == 3
+    assert len(doctor.as_text(reported).splitlines()) == 3
 
 
 def test_only_the_given_environment_is_read(monkeypatch):

@@ -191,7 +191,7 @@ def test_anchors_are_followed_by_trained_tokens_of_one_document(documents, lengt
         "input_ids": torch.zeros(len(documents), longest, dtype=torch.int64),
         "positions_T": torch.tensor(trained),
     }
-    found = Anchors.drawn(batch, length=length, every=every, source=np.random.default_rng(seed))
+    found = Anchors.draw(batch, length=length, every=every, source=np.random.default_rng(seed))
     rows, columns = found.is_real_BK.nonzero(as_tuple=True)
     at = (rows * longest + found.places_BK[rows, columns]).tolist()
     assert len(at) == len(found) == len(set(at))
@@ -210,7 +210,7 @@ def test_every_position_that_has_a_continuation_is_drawn_eventually():
     seen = {
         int(position)
         for _ in range(400)  # (7/8)^400 for each of the eight first positions.
-        for position in Anchors.drawn(batch, length=3, every=8, source=source).places_BK.flatten()
+        for position in Anchors.draw(batch, length=3, every=8, source=source).places_BK.flatten()
     }
     assert seen == set(range(5, 15))
 
@@ -225,7 +225,7 @@ def test_continuations_batched_with_the_text_match_separate_forwards(family, pac
     batch = batch_of(store, packing)
     model, twin = small_model(family), small_model(family)
     attach(model, ForwardKL(weight=0.7))
-    anchors = Anchors.drawn(batch, length=3, every=8, source=np.random.default_rng(0))
+    anchors = Anchors.draw(batch, length=3, every=8, source=np.random.default_rng(0))
     shape = (*anchors.places_BK.shape, 3)
     source = torch.Generator().manual_seed(0)
     drawn_BKSG = torch.randint(VOCABULARY, (*shape, 3), generator=source)
@@ -325,7 +325,7 @@ def test_features_of_continuations_match_separate_forwards(store):
     model = small_model("qwen3")
     network = network_of(model, store)
     batch = batch_of(store)
-    anchors = Anchors.drawn(batch, length=3, every=8, source=np.random.default_rng(0))
+    anchors = Anchors.draw(batch, length=3, every=8, source=np.random.default_rng(0))
     layout = Layout.of(batch, anchors.places_BK, samples=3, length=3)
     drawn_BKSG = torch.randint(
         VOCABULARY, (*anchors.places_BK.shape, 3, 3), generator=torch.Generator().manual_seed(0)
@@ -496,7 +496,7 @@ def test_with_adapters_the_network_is_the_model_without_them(run):
     matching = matching_of(run, prepared.loaded, prepared.material)
     assert matching.network.model is matching.model is prepared.loaded.language_model
     batch = prepared.material.collate([prepared.material.train[0]])
-    anchors = Anchors.drawn(batch, length=3, every=8, source=np.random.default_rng(0))
+    anchors = Anchors.draw(batch, length=3, every=8, source=np.random.default_rng(0))
     layout = Layout.of(batch, anchors.places_BK, samples=3, length=3)
     drawn = sample(matching.model, batch["input_ids"], layout, torch.Generator().manual_seed(0))
 
@@ -543,8 +543,8 @@ def test_a_plan_counts_the_network_and_its_activations(run):
     assert plan.network_bytes == plan.weights_bytes
     assert plain.network_bytes == 0
     assert plan.activation_bytes > plain.activation_bytes
-    assert "those before the run" in plan.shown()
-    assert "before the run" not in plain.shown()
+    assert "those before the run" in plan.as_text()
+    assert "before the run" not in plain.as_text()
     with_lora = plan_of(replace(run, lora=LoraConfig(rank=4)))
     assert with_lora.network_bytes == 0
 

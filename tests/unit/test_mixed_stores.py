@@ -488,7 +488,7 @@ def test_the_plan_shows_the_share_of_each_store(run):
     assert sum(store.tokens for store in plan.stores) == pytest.approx(plan.tokens, abs=1)
     for store in plan.stores:
         assert store.readings > 0
-        assert store.shown() in plan.shown()
+        assert store.as_text() in plan.as_text()
     assert json.loads(plan.as_json())["stores"][1]["name"] == "answers"
 
 

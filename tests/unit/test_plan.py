@@ -63,7 +63,9 @@ def test_the_parts_of_memory_are_shown_and_sum_to_the_total(config):
     whole = json.loads(plan.as_json())
     parts = ("process", "weights", "gradient", "optimizer", "activation", "head")
     assert sum(whole[f"{name}_bytes"] for name in parts) == whole["memory_bytes"]
-    assert re.search(r"^memory +.*: process [\d.e+]+ [MG]iB, weights ", plan.shown(), re.MULTILINE)
+    assert re.search(
+        r"^memory +.*: process [\d.e+]+ [MG]iB, weights ", plan.as_text(), re.MULTILINE
+    )
 
 
 def test_disk_includes_the_best_checkpoint_beside_the_newest(config):
@@ -80,9 +82,9 @@ def test_gpu_memory_excludes_that_of_the_process(config, monkeypatch):
 
 
 def test_the_steps_include_the_candidates_that_auto_tries(config):
-    assert "auto" not in plan_of(config).shown()
+    assert "auto" not in plan_of(config).as_text()
     auto = DivergenceConfig(target_weight="auto")
-    shown = plan_of(replace(config, divergence=auto)).shown()
+    shown = plan_of(replace(config, divergence=auto)).as_text()
     assert "before them 40 for target_weight auto, which tries 0, 0.3, 0.6, 0.9\n" in shown
 
 
@@ -110,5 +112,5 @@ def test_targets_whose_answers_have_no_end_give_a_warning(config, tmp_path):
     plan = plan_of(unending)
     assert plan.warning is not None
     assert f"in 30 conversations {NO_STOP}" in plan.warning
-    assert plan.warning in plan.shown()
-    assert plan.warning in read(unending).shown()
+    assert plan.warning in plan.as_text()
+    assert plan.warning in read(unending).as_text()

@@ -7,7 +7,7 @@ from dftserve_vllm import capabilities, engine, human, request_context
 from dftserve_vllm.request_context import RequestContext
 from vllm.exceptions import VLLMValidationError
 
-from dftserve.spec import Promise
+from dftserve.spec import CheckpointInfo
 from tests.vllm_requests import params_of
 
 EFFECTIVE = {"law": "budget", "target_entropy": 1.25, "max_temperature": 4.0}
@@ -23,22 +23,22 @@ def served(tmp_path, monkeypatch):
         model_config=model_config, speculative_config=None, use_v2_model_runner=True
     )
     monkeypatch.setattr(engine, "_config", config)
-    human._promised.cache_clear()
+    human._of_checkpoint.cache_clear()
     yield tmp_path
-    human._promised.cache_clear()
+    human._of_checkpoint.cache_clear()
 
 
 @pytest.mark.parametrize(
     "fields", [{"diversity": "human"}, {"vllm_xargs": {"diversity": "human"}}], ids=["top", "xargs"]
 )
 def test_human_is_the_budget_law_at_the_target_entropy(served, fields):
-    Promise(recipe="r", target_entropy=1.25).write(served)
+    CheckpointInfo(recipe="r", target_entropy=1.25).write(served)
     assert params_of(**fields).extra_args["diversity"] == EFFECTIVE
     assert capabilities.capabilities()["human"] == EFFECTIVE
 
 
 def test_the_answer_reports_the_effective_diversity(served):
-    Promise(recipe="r", target_entropy=1.25).write(served)
+    CheckpointInfo(recipe="r", target_entropy=1.25).write(served)
     context = RequestContext()
     token = request_context.current.set(context)
     try:
@@ -51,9 +51,11 @@ def test_the_answer_reports_the_effective_diversity(served):
 @pytest.mark.parametrize("written", ["nothing", "no entropy", "entropy 0", "something else"])
 def test_without_a_target_entropy_human_is_refused(served, written):
     if written == "something else":
-        (served / Promise.FILE).write_text("{")
+        (served / CheckpointInfo.FILE).write_text("{")
     elif written != "nothing":
-        Promise(recipe="r", target_entropy=0.0 if written == "entropy 0" else None).write(served)
+        CheckpointInfo(recipe="r", target_entropy=0.0 if written == "entropy 0" else None).write(
+            served
+        )
     with pytest.raises(VLLMValidationError, match="target_entropy above 0") as raised:
         params_of(diversity="human")
     assert raised.value.parameter == "diversity"

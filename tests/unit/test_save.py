@@ -178,8 +178,8 @@ def test_a_model_family_that_mixes_packed_documents_is_trained_unpacked(run, tmp
     config = replace(run, model=str(tmp_path / "opt"))
     planned = plan_of(config)
     assert planned.rows == planned.documents
-    assert "one document a row" in planned.shown()
-    assert "computed in fp32\n" in planned.shown()
+    assert "one document a row" in planned.as_text()
+    assert "computed in fp32\n" in planned.as_text()
     final = train(config)
     assert "one document a row, not packed: a document's log-prob" in capsys.readouterr().err
     packing = json.loads((final / "run.json").read_text())["data"]["packing"]
@@ -191,7 +191,7 @@ def test_a_model_family_that_mixes_packed_documents_is_trained_unpacked(run, tmp
 def test_a_plan_warns_where_the_cpu_has_no_bfloat16_instructions(run, monkeypatch):
     bf16 = replace(run, precision="bf16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    assert "no instructions: fp32 is many times as fast" in plan_of(bf16).shown()
+    assert "no instructions: fp32 is many times as fast" in plan_of(bf16).as_text()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
     assert plan_of(bf16).precision == "bf16"
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dftserve import serve
 from dftserve.serve import Launch, launch, running
-from dftserve.spec import STYLES_VARIABLE, DiversityError, Promise, parse
+from dftserve.spec import STYLES_VARIABLE, CheckpointInfo, DiversityError, parse
 from tests.local_server import reply, serving
 
 STAND_IN = f"""#!{sys.executable}
@@ -92,7 +92,7 @@ def test_a_styles_folder_is_passed_as_an_absolute_path(tmp_path, monkeypatch):
     (tmp_path / "styles").mkdir()
     environment = launch("m", styles="styles").environment
     assert environment == {STYLES_VARIABLE: str(tmp_path / "styles")}
-    shown = launch("m", styles=Path("styles")).shown()
+    shown = launch("m", styles=Path("styles")).shell_line()
     assert shown.startswith(f"{STYLES_VARIABLE}={tmp_path / 'styles'} ")
     (tmp_path / "file").touch()
     for wrong in ("file", "nowhere"):
@@ -112,7 +112,7 @@ def test_the_argv_is_the_model_and_the_unchanged_flags(model, flags):
     st.lists(words, min_size=1), st.dictionaries(st.from_regex("[A-Z_]+", fullmatch=True), words)
 )
 def test_a_shell_parses_the_shown_line_to_the_command(argv, environment):
-    shown = Launch(tuple(argv), environment).shown()
+    shown = Launch(tuple(argv), environment).shell_line()
     assert shlex.split(shown) == [*(f"{k}={v}" for k, v in environment.items()), *argv]
 
 
@@ -126,18 +126,18 @@ def test_a_default_reaches_the_plug_in_as_canonical_json(text):
 
 
 def test_the_default_can_be_taken_from_the_checkpoint(tmp_path):
-    Promise(recipe="r", diversity=parse(0.3)).write(tmp_path)
+    CheckpointInfo(recipe="r", diversity=parse(0.3)).write(tmp_path)
     command = launch(str(tmp_path), default_diversity="checkpoint")
     assert json.loads(command.environment["DFTSERVE_DEFAULT_DIVERSITY"])["level"] == 0.3
 
 
 def test_the_default_can_be_the_target_entropy_of_the_checkpoint(tmp_path):
-    Promise(recipe="r", target_entropy=1.25).write(tmp_path)
+    CheckpointInfo(recipe="r", target_entropy=1.25).write(tmp_path)
     environment = launch(str(tmp_path), default_diversity="human").environment
     expected = {"law": "budget", "target_entropy": 1.25}
     assert parse(json.loads(environment["DFTSERVE_DEFAULT_DIVERSITY"])) == parse(expected)
     for entropy in (None, 0.0):
-        Promise(recipe="r", target_entropy=entropy).write(tmp_path)
+        CheckpointInfo(recipe="r", target_entropy=entropy).write(tmp_path)
         with pytest.raises(ValueError, match=r"diversity human: .* has no target_entropy above 0"):
             launch(str(tmp_path), default_diversity="human")
 
@@ -154,7 +154,7 @@ def test_an_invalid_default_is_refused_with_its_option(text):
 def test_what_only_a_request_can_ask_for_is_refused_as_a_default(tmp_path, field, value):
     """Here, and not only when the server starts."""
     content = {"level": 0.5, field: value}
-    Promise(recipe="r", diversity=parse(content)).write(tmp_path)
+    CheckpointInfo(recipe="r", diversity=parse(content)).write(tmp_path)
     for model, text in (("m", json.dumps(content)), (str(tmp_path), "checkpoint")):
         with pytest.raises(DiversityError, match=rf"--default-diversity\.{field}: got"):
             launch(model, default_diversity=text)
@@ -171,7 +171,7 @@ def test_a_default_whose_canonical_json_the_server_refuses_is_refused():
 def test_a_checkpoint_without_a_default_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a checkpoint folder with a dft\.json"):
         launch("some/model", default_diversity="checkpoint")
-    Promise(recipe="r").write(tmp_path)
+    CheckpointInfo(recipe="r").write(tmp_path)
     with pytest.raises(ValueError, match="suggests none"):
         launch(str(tmp_path), default_diversity="checkpoint")
     (tmp_path / "dft.json").write_text('{"recipe": "r", "diversity": 7}')
@@ -210,7 +210,7 @@ def without_bf16(tmp_path, monkeypatch):
 def test_a_cpu_without_bfloat16_instructions_serves_in_float32_with_a_warning(without_bf16, caplog):
     command = launch(str(without_bf16), ["--max-model-len", "512"])
     assert command.argv[3:] == ("--max-model-len", "512", "--dtype", "float32")
-    assert "--dtype float32" in command.shown()
+    assert "--dtype float32" in command.shell_line()
     assert "Give --dtype to choose another" in caplog.text
 
 
@@ -355,5 +355,5 @@ def test_byte_code_is_written_only_to_a_folder_of_its_own(stand_in, monkeypatch,
 )
 def test_a_key_is_not_shown(flags):
     command = Launch(("vllm", "serve", "m", *flags, "--port", "1"))
-    assert "sk-" not in command.shown()
-    assert command.shown().endswith("--port 1")
+    assert "sk-" not in command.shell_line()
+    assert command.shell_line().endswith("--port 1")

@@ -1,4 +1,4 @@
-"""The field `diversity` of requests, and the promise file of a checkpoint."""
+"""The field `diversity` of requests, and the dft.json of a checkpoint."""
 
 import contextlib
 import json
@@ -16,9 +16,9 @@ from dftserve.spec import (
     LAWS,
     MAX_JSON_CHARACTERS,
     TRACE,
+    CheckpointInfo,
     Diversity,
     DiversityError,
-    Promise,
     parse,
     parse_json,
 )
@@ -271,7 +271,7 @@ def test_errors_about_long_values_are_short():
         assert len(str(refusal(value))) < 500
 
 
-# The promise of a checkpoint
+# The dft.json of a checkpoint
 
 
 @given(
@@ -280,10 +280,10 @@ def test_errors_about_long_values_are_short():
     target_entropy=st.none() | st.floats(0, 20),
     model_entropy=st.none() | st.floats(0, 20),
 )
-def test_a_promise_is_read_as_it_was_written(tmp_path_factory, **content):
+def test_a_dft_json_is_read_as_it_was_written(tmp_path_factory, **content):
     folder = tmp_path_factory.mktemp("checkpoint")
-    Promise(**content).write(folder)
-    assert Promise.read(folder) == Promise(**content)
+    CheckpointInfo(**content).write(folder)
+    assert CheckpointInfo.read(folder) == CheckpointInfo(**content)
 
 
 @pytest.mark.parametrize(
@@ -303,22 +303,22 @@ def test_a_promise_is_read_as_it_was_written(tmp_path_factory, **content):
         ('{"recipe": "r", "model_entropy": NaN}', "model_entropy"),
     ],
 )
-def test_an_invalid_promise_is_refused_with_the_reason(tmp_path, text, message):
+def test_an_invalid_dft_json_is_refused_with_the_reason(tmp_path, text, message):
     (tmp_path / "dft.json").write_text(text)
     with pytest.raises(ValueError, match=r"dft\.json") as raised:
-        Promise.read(tmp_path)
+        CheckpointInfo.read(tmp_path)
     assert message in str(raised.value)
 
 
-def test_a_promise_that_is_no_text_is_refused(tmp_path):
+def test_a_dft_json_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "dft.json").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"dft\.json"):
-        Promise.read(tmp_path)
+        CheckpointInfo.read(tmp_path)
 
 
-def test_a_folder_without_a_promise_is_reported(tmp_path):
+def test_a_folder_without_a_dft_json_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError):
-        Promise.read(tmp_path)
+        CheckpointInfo.read(tmp_path)
 
 
 def nested_value(content, name):

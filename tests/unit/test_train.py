@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from dftserve import checkpoint, digest, pretrained
 from dftserve.settings import SYNONYMS
-from dftserve.spec import Promise
+from dftserve.spec import CheckpointInfo
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
 from dftserve.train import run_folder
@@ -34,10 +34,10 @@ from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
 from dftserve.train.material import read, steps_of, steps_of_epoch, warmup_of
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
 from dftserve.train.plan import plan_of
-from dftserve.train.prepare import load_model, make_trainer, narrowed, prepare
+from dftserve.train.prepare import cast_frozen_weights, load_model, make_trainer, prepare
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
-from dftserve.train.target_weight import probe_steps, weights_shown
+from dftserve.train.target_weight import candidates_text, probe_steps
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_config, save_model, save_store, small_model, small_run
 
@@ -414,11 +414,11 @@ def test_an_interrupted_run_of_two_processes_equals_an_uninterrupted_one_and_one
 def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run):
     final = train(replace(run, patience=5))
     assert checkpoint.verify(final).files >= 6
-    promise = Promise.read(final)
-    assert promise.diversity is not None
-    assert promise.target_entropy == pytest.approx(3.0, abs=0.5)  # Of softmax(2·N(0, 1)).
-    assert promise.model_entropy > 0
-    assert len(promise.model_deciles) == 9
+    info = CheckpointInfo.read(final)
+    assert info.diversity is not None
+    assert info.target_entropy == pytest.approx(3.0, abs=0.5)  # Of softmax(2·N(0, 1)).
+    assert info.model_entropy > 0
+    assert len(info.model_deciles) == 9
     record = json.loads((final / checkpoint.RUN).read_text())
     assert record["settings"]["learning_rate"] == 1e-2
     assert record["metrics"]["human_nll"] > 0
@@ -564,7 +564,7 @@ def test_every_divergence_decreases_with_adapters_on_bf16_weights(run, name):
     changes = {"divergence": DivergenceConfig(name=name), "learning_rate": 1e-2}
     config = replace(run, **BF16, **changes, steps=8, batch_size=8)
     material = read(config)
-    model = narrowed(load_model(config, material), config).model
+    model = cast_frozen_weights(load_model(config, material), config).model
     trainer = make_trainer(config, model, material)
     trainer.args.save_strategy = "no"
     trainer.train()
@@ -582,7 +582,7 @@ def test_modules_kept_in_float32_are_found_by_their_names_without_adapters(run, 
     model = loaded.language_model.model
     monkeypatch.setattr(model, "_keep_in_fp32_modules_strict", {"base", r"q_proj\.weight"})
     with pytest.raises(ValueError, match="does not read plain text"):
-        narrowed(loaded, config)
+        cast_frozen_weights(loaded, config)
     frozen = {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad}
     wide = {name for name, dtype in frozen.items() if dtype is torch.float32}
     assert wide == {name for name in frozen if "q_proj" in name}
@@ -625,9 +625,9 @@ def test_weights_in_bf16_take_half_the_memory(run):
     adapters = 4 * narrow.trained_parameters
     assert narrow.weights_bytes - adapters == (wide.weights_bytes - adapters) / 2
     assert narrow.gradient_bytes == wide.gradient_bytes
-    assert "weights bf16, computed in bf16" in narrow.shown()
-    assert "for the weights in float32" in narrow.shown()
-    assert "for the weights in float32" not in wide.shown()
+    assert "weights bf16, computed in bf16" in narrow.as_text()
+    assert "for the weights in float32" in narrow.as_text()
+    assert "for the weights in float32" not in wide.as_text()
 
 
 def test_optimizer_attention_compile_and_workers_reach_transformers(run):
@@ -748,8 +748,8 @@ def test_cut_documents_are_reported(run, store, packing):
     assert plan.cut.startswith(message)
     trained_tokens = int(plan.cut.removeprefix(message).split()[0].replace(",", ""))
     assert trained_tokens == sum(length - 16 for length in lengths)
-    assert plan.cut in plan.shown()
-    assert plan.cut in read(config).shown()
+    assert plan.cut in plan.as_text()
+    assert plan.cut in read(config).as_text()
     assert plan_of(replace(run, packing=packing)).cut is None
 
 
@@ -860,7 +860,7 @@ def test_checks_on_the_cpu_of_a_gpu_run_are_short_and_say_so(run, monkeypatch, c
 
 
 def test_each_candidate_is_shown_in_a_line():
-    shown = weights_shown({"0": 10.736137517668388, "0.6": 10.709326459946533}, "0.6")
+    shown = candidates_text({"0": 10.736137517668388, "0.6": 10.709326459946533}, "0.6")
     assert shown.splitlines()[1:] == ["  0    10.7361", "  0.6  10.7093  taken"]
 
 

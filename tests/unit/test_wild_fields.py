@@ -119,7 +119,7 @@ def test_showing_a_value_reads_only_its_beginning():
             return ((key, 0) for key in self)
 
     Items.__name__ = "dict"  # The library distinguishes types by name.
-    shown = spec.shown(Items.fromkeys(map(str, range(MANY)), 0))
+    shown = spec.quoted(Items.fromkeys(map(str, range(MANY)), 0))
     assert shown.startswith("{'0': 0")
     assert len(shown) <= spec.MAX_SHOWN
     assert 0 < len(keys_read) < 20

@@ -124,7 +124,7 @@ class Report:
     def __post_init__(self) -> None:
         for task, digests in self.files.items():
             if task not in FILES:
-                accepted = settings.among(task, FILES)
+                accepted = settings.accepted_names(task, FILES)
                 raise ValueError(f"files: got the task {task[:40]!r}; accepted: {accepted}.")
             if not isinstance(digests, Mapping) or not _are_digests(digests, FILES[task]):
                 names = ", ".join(FILES[task])

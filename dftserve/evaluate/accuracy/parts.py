@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dftserve import atomic, settings
-from dftserve.bounded_files import advised, read_json
+from dftserve.bounded_files import read_json, with_advice
 from dftserve.evaluate.accuracy import refusals
 from dftserve.evaluate.accuracy.compare import Answered, level_text
 
@@ -93,7 +93,7 @@ def claim(
                 f"{what} that they belong to; {otherwise}."
             ) from None
         except ValueError as error:
-            raise ValueError(advised(error, otherwise)) from None
+            raise ValueError(with_advice(error, otherwise)) from None
         if claimed != content:
             raise ValueError(
                 f"{folder} holds answers for other {what} ({folder / name}); {otherwise}."
@@ -138,7 +138,7 @@ def answers_of(folder: Path, task: str, level: float) -> tuple[Answered, ...]:
         )
     except ValueError as error:
         advice = "remove it and run that `evaluate accuracy` again, or copy it again"
-        raise ValueError(advised(error, advice)) from None
+        raise ValueError(with_advice(error, advice)) from None
 
 
 def _answered(row: object, task: str, where: str) -> Answered:

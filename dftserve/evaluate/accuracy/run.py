@@ -24,7 +24,7 @@ from dftserve.evaluate.accuracy.questions import Question
 from dftserve.evaluate.generate import client
 from dftserve.evaluate.generate.client import Served
 from dftserve.evaluate.metrics import intervals
-from dftserve.settings import among
+from dftserve.settings import accepted_names
 from dftserve.spec import parse
 
 TASKS = ("mmlu", "gsm8k", "humaneval")
@@ -67,7 +67,7 @@ class Job:
             parse(level, "grid")
         for task in self.tasks:
             if task not in FILES:
-                raise ValueError(f"tasks: got {task!r}; accepted: {among(task, FILES)}.")
+                raise ValueError(f"tasks: got {task!r}; accepted: {accepted_names(task, FILES)}.")
         for name in ("samples", "limit", "at_once", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; accepted: at least 1.")

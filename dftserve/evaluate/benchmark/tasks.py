@@ -185,7 +185,7 @@ class _File:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(
-                f"kind: got {self.kind!r}; accepted: {settings.among(self.kind, KINDS)}."
+                f"kind: got {self.kind!r}; accepted: {settings.accepted_names(self.kind, KINDS)}."
             )
         if min(self.samples, self.max_tokens) < 1 or self.words < LEAST_WORDS:
             raise ValueError(
@@ -201,8 +201,8 @@ def _path(name: str | Path) -> Path:
     if path.suffix in SUFFIXES and path.exists():
         return path
     raise ValueError(
-        f"task: got {str(name)!r}; accepted: {settings.among(name, shipped())}, or an existing "
-        ".yaml file."
+        f"task: got {str(name)!r}; accepted: {settings.accepted_names(name, shipped())}, or an "
+        "existing .yaml file."
     )
 
 

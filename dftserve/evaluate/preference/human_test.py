@@ -53,7 +53,7 @@ class Key:
         if self.question not in QUESTIONS:
             raise ValueError(
                 f"question: got {self.question!r}; accepted: "
-                f"{settings.among(self.question, QUESTIONS)}."
+                f"{settings.accepted_names(self.question, QUESTIONS)}."
             )
         for trial, index in self.human.items():
             if index not in (0, 1):
@@ -248,7 +248,7 @@ def _page_and_key(pairs: Sequence[Pair], seed: int, question: str) -> tuple[dict
     """The page's data, and the key, which must not be in it."""
     if question not in QUESTIONS:
         raise ValueError(
-            f"question: got {question!r}; accepted: {settings.among(question, QUESTIONS)}."
+            f"question: got {question!r}; accepted: {settings.accepted_names(question, QUESTIONS)}."
         )
     if not pairs:
         raise ValueError("pairs: got none; accepted: at least one.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dftserve.bounded_files import FileError, advised, read_json, shaped_as
+from dftserve.bounded_files import FileError, read_json, shaped_as, with_advice
 from dftserve.evaluate.metrics.intervals import Estimate
 from dftserve.evaluate.metrics.sds import Score
 from dftserve.evaluate.metrics.slop import Repeated
@@ -97,7 +97,7 @@ def read(path: Path) -> dict[str, Any]:
         # A measure without a value is NaN.
         result = read_json(path, largest=LARGEST, finite=False)
     except FileError as error:
-        raise ValueError(advised(error, f"give {WRITTEN}")) from None
+        raise ValueError(with_advice(error, f"give {WRITTEN}")) from None
     except OSError as error:
         why = error.strerror or "there is none"
         raise ValueError(f"{path}: no result that can be read ({why}); give {WRITTEN}.") from None

@@ -6,7 +6,7 @@ The entropy is read from dft.json in the folder that the engine was started with
 from functools import lru_cache
 from pathlib import Path
 
-from dftserve.spec import ACCEPTED, HUMAN, Diversity, DiversityError, Promise
+from dftserve.spec import ACCEPTED, HUMAN, CheckpointInfo, Diversity, DiversityError
 from dftserve_vllm import engine
 from dftserve_vllm.log import logger
 
@@ -20,8 +20,8 @@ def resolved(parameter: str) -> Diversity:
     found = diversity()
     if found is None:
         accepted = (
-            f"{ACCEPTED}; {HUMAN!r} where the served model's folder has a {Promise.FILE} with a "
-            "target_entropy above 0"
+            f"{ACCEPTED}; {HUMAN!r} where the served model's folder has a {CheckpointInfo.FILE} "
+            "with a target_entropy above 0"
         )
         raise DiversityError(parameter, HUMAN, accepted)
     return found
@@ -30,17 +30,17 @@ def resolved(parameter: str) -> Diversity:
 def diversity() -> Diversity | None:
     """What `human` means on this server; None if the served model states no target entropy."""
     model = engine.model()
-    return None if model is None else _promised(model)
+    return None if model is None else _of_checkpoint(model)
 
 
 @lru_cache(maxsize=8)
-def _promised(model: str) -> Diversity | None:
+def _of_checkpoint(model: str) -> Diversity | None:
     """Cached: a folder does not change while it is served."""
     folder = Path(model)
-    if not (folder / Promise.FILE).is_file():
+    if not (folder / CheckpointInfo.FILE).is_file():
         return None
     try:
-        return Promise.read(folder).human_diversity
+        return CheckpointInfo.read(folder).human_diversity
     except (OSError, ValueError) as error:
         logger.warning("diversity: %r is not available: %s", HUMAN, error)
         return None

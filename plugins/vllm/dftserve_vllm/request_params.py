@@ -231,7 +231,7 @@ def _refuse_misspelt(request: Any) -> None:
     key, name = next(slips, (None, None))
     if name is not None and engine.refusal() is None:
         message = (
-            f"{name}: got the key {spec.shown(key)}, which is not a field of a request; did you "
+            f"{name}: got the key {spec.quoted(key)}, which is not a field of a request; did you "
             f"mean {name!r}?"
         )
         raise _bad_request(message, name)
@@ -288,7 +288,7 @@ def _field(
         raise _bad_request(str(error), error.parameter) from None
     if first is not None and second is not None and first != second:
         message = (
-            f"{name}: got {spec.shown(top)} at top level and {spec.shown(argument)} in "
+            f"{name}: got {spec.quoted(top)} at top level and {spec.quoted(argument)} in "
             "vllm_xargs; accepted: one of them, or both the same."
         )
         raise _bad_request(message, name)

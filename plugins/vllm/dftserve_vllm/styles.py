@@ -47,7 +47,7 @@ class Styles:
             return f"{parameter}: {self.unavailable}{accepted}."
         if self._index(style.name) is not None:
             return None
-        got = f"{parameter}.name: got {spec.shown(style.name)}"
+        got = f"{parameter}.name: got {spec.quoted(style.name)}"
         if (reason := self.refused.get(style.name)) is not None:
             return f"{got}, which was refused: {reason}"
         return f"{got}; accepted: {self.accepted(others)}."
