@@ -17,7 +17,9 @@ from dftserve.spec import Bounds
 
 WEIGHTS = "adapter_model.safetensors"
 LARGEST_CONFIG = 1 << 20
+"""Maximum bytes of an adapter_config.json, which has some 1,000."""
 MOST_STRENGTHS = 32
+"""Copies of the adapter that one command may write."""
 STRENGTHS = Bounds(low=0, high=1, low_included=False)
 
 _NOT_SCALED = {

@@ -47,12 +47,17 @@ class Command:
 
 @dataclass(frozen=True)
 class Turn:
+    """One message of the user and the model's answer to it."""
+
     message: str
     answer: str
 
 
 @dataclass(frozen=True)
 class Conversation:
+    """What a chat has so far, from which each request is made. Commands replace it by a changed
+    one."""
+
     system: str = ""
     turns: tuple[Turn, ...] = ()
     diversity: Asked | None = None

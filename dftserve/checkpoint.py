@@ -46,7 +46,9 @@ FINAL, RUN_SETTINGS = "final", "settings.json"
 """In the folder of a run: its final checkpoint, and the settings that it starts with."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = LARGEST_CARD = 1 << 20
+"""Maximum bytes of each."""
 MOST_FILES = 10_000
+"""Maximum number of files of a checkpoint."""
 COPY = "copy the checkpoint again"
 NAMED = 5
 """Number of files that an error lists by name; the rest are counted."""
@@ -317,6 +319,7 @@ def _compare(folder: Path, name: str, digest: str, found: Container[str]) -> Non
 
 
 def versions() -> dict[str, str]:
+    """The versions of Python, dftserve and those of `PACKAGES` that are installed, by name."""
     found = {"python": sys.version.split()[0], "dftserve": __version__}
     for name in PACKAGES:
         try:

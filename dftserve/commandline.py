@@ -45,6 +45,15 @@ def answers_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def api_key_of(variable: str, *, must: bool = False) -> str | None:
+    """The API key in an environment variable; None if it is empty or not set.
+
+    Args:
+        must: refuse a variable without a key, as the user named it.
+
+    Raises:
+        click.UsageError: no key although there must be one, or a value that no HTTP header can
+            carry.
+    """
     key = os.environ.get(variable, "").strip()
     if must and not key:
         raise click.UsageError(f"--api-key-env: {variable} is not set; export it first.")

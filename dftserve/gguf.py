@@ -106,6 +106,7 @@ def cache_folder() -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open_file(path, largest=LARGEST_WEIGHTS) as file:
         for chunk in chunks(file, path, largest=LARGEST_WEIGHTS):

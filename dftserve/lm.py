@@ -41,6 +41,7 @@ from dftserve.pretrained import one_line
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Maximal difference of two computations of the same logits, relative to the largest logit."""
 HALF_TOLERANCE = 0.02
+"""The same in bfloat16 and float16."""
 PROBE_TOKENS = 24
 """Tokens of each text that a check reads, unless a length is given."""
 COMPARED = 64

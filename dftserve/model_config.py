@@ -37,6 +37,7 @@ def rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
 
 
 def positions_of(config: Any) -> int | None:
+    """The most tokens that a model can read at once; None if its configuration sets no bound."""
     named = (positive_number(getattr(config, name, None)) for name in POSITIONS)
     given = next((number for number in named if number is not None), None)
     return None if given is None else int(given)  # XLNet uses −1 for no bound.
@@ -67,5 +68,6 @@ def original_length(config: Any) -> str:
 
 
 def positive_number(value: Any) -> float | None:
+    """The value if it is a number above 0, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and value > 0 else None

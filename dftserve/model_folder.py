@@ -22,6 +22,7 @@ from dftserve.bounded_files import check, open_file, parse_json, read_json, real
 LARGEST_TEXT = 256 << 20
 """Maximal bytes of a file other than weights; the largest tokenizer.json have about 40 MiB."""
 LARGEST_WEIGHTS = 1 << 40
+"""Maximal bytes of a file of weights."""
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -25,7 +25,9 @@ KEY = "OPENAI_API_KEY"
 NO_KEY = "EMPTY"
 """Sent if there is no key: the package requires one, and vLLM without a key ignores it."""
 RETRIES = 4
+"""How often a request is sent again after an error that may pass."""
 TIMEOUT_S = 600.0
+"""For one answer, unless the caller sets another."""
 
 
 class ServerError(RuntimeError):

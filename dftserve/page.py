@@ -74,14 +74,17 @@ BAR_HEIGHT, BAR_WIDTH = 160, 28
 
 
 def page(title: str, *parts: str) -> str:
+    """A whole HTML page; `parts` are escaped unless they are `Markup`."""
     return _PAGE.render(title=title, parts=parts)
 
 
 def section(title: str, *parts: str) -> Markup:
+    """A heading and what follows it."""
     return Markup("<h2>{}</h2>{}").format(title, joined(parts))
 
 
 def note(text: str) -> Markup:
+    """A paragraph of explanation, in a muted colour."""
     return Markup('<p class="note">{}</p>').format(text)
 
 

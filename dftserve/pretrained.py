@@ -310,4 +310,5 @@ def _named(names: Sequence[str] | set[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """An error's message on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -60,6 +60,7 @@ HOST = "127.0.0.1"
 LOG_LINES = 30
 """How many lines of a failed server's log its error shows."""
 POLL_SECONDS = 0.25
+"""Interval at which a starting server is asked whether it answers."""
 SERVED_NAME = "--served-model-name"
 DTYPE_FLAGS = ("--dtype", "--config", "--quantization", "-q")
 """With any of these flags, no dtype is chosen here."""

@@ -16,6 +16,8 @@ from dftserve.corpus.text import UNSPACED
 
 PERMUTATIONS = 128
 SEED = 1
+"""Of the MinHashes of a text, whose number is `PERMUTATIONS`: fixed, so that a corpus is always
+split alike."""
 WEIGHTS = (0.02, 0.98)
 """Costs of false and of missed candidates when the tables are tuned. False ones cost less, since
 every candidate is compared again."""

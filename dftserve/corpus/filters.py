@@ -23,6 +23,7 @@ from dftserve.settings import accepted_names
 LANGUAGE_CHARACTERS = 20_000
 """Characters at the start of a text from which its language is identified."""
 GRAM = 5
+"""Words of a run that is compared between texts, or counted as a repetition within one."""
 
 
 @dataclass(frozen=True, kw_only=True)

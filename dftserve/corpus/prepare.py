@@ -128,6 +128,8 @@ def _as_counts(given: dict[str, Dropped]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Corpus:
+    """The texts that were kept, in two splits, and what was done to the others."""
+
     train: tuple[Text, ...]
     heldout: tuple[Text, ...]
     report: Report

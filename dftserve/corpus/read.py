@@ -71,6 +71,7 @@ LARGEST_GROUP = 4 << 30
 LARGEST_STATE = 16 << 20
 """Bytes of a JSON file written by datasets."""
 MOST_FILES = 1 << 22
+"""Maximum number of files in a folder of texts."""
 BATCH_ROWS = 256
 """Rows of a .parquet file in memory at a time."""
 SAMPLE = 1 << 16

@@ -31,6 +31,8 @@ LARGEST = 1 << 22
 
 @dataclass(frozen=True)
 class Answer:
+    """A model's answer to one prompt at one level of `diversity` (None: stock sampling)."""
+
     prompt: str
     level: float | None
     seed: int
@@ -87,6 +89,7 @@ def _one(client: OpenAI, model: str, prompt: str, level: float | None, seed: int
 
 
 def save(answers: list[Answer], path: Path) -> None:
+    """Write the answers as a JSON list."""
     atomic.write_text(path, json.dumps([asdict(each) for each in answers], indent=1) + "\n")
 
 

@@ -33,6 +33,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Marked:
+    """A text, and the parts of it that the demo highlights."""
+
     text: str
     marks: tuple[Mark, ...]
     """In order; they may overlap."""
@@ -60,6 +62,7 @@ def mark(texts: Sequence[str]) -> list[Marked]:
 
 
 def can_find_errors() -> bool:
+    """Whether the grammar checker is installed."""
     return _linter() is not None
 
 

@@ -76,6 +76,7 @@ def _marked(texts: tuple[str, ...]) -> list[Marked]:
 
 
 def level_name(level: float | None) -> str:
+    """The label of a level in tables; None: stock sampling."""
     return "stock, T 1" if level is None else f"diversity {level:g}"
 
 

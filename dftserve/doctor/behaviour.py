@@ -40,6 +40,8 @@ ABOUT = ("dftserve", "vllm", "runner", "device", "speculative_decoding", "active
 
 @dataclass(frozen=True)
 class Report:
+    """What `verify` found out about a server."""
+
     findings: list[Finding]
     about: Mapping[str, Any] = field(default_factory=dict)
     """The server's versions, runner and device."""

@@ -14,6 +14,7 @@ SWITCH = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Which of vLLM's model runners will be used; nothing if vLLM is not installed."""
     if folder("vllm") is not None:
         yield _runner(environment)
 

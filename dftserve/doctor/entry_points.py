@@ -21,6 +21,8 @@ INTERFACES: Mapping[str, str] = {
 
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether vLLM would load the plug-in, and which other processors and plug-ins it would
+    load."""
     for group in GROUPS:
         found = importlib.metadata.entry_points(group=group, name=ENTRY_POINT)
         yield _entry_point(group, list(found))

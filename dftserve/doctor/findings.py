@@ -13,20 +13,25 @@ COLOURS: Mapping[State, str] = {"ok": "green", "warning": "yellow", "error": "re
 
 @dataclass(frozen=True)
 class Finding:
+    """The result of one check: what was checked, how it is, and a sentence about it."""
+
     name: str
     state: State
     text: str
 
 
 def ok(name: str, text: str) -> Finding:
+    """A finding without a problem."""
     return Finding(name, "ok", text)
 
 
 def warning(name: str, text: str) -> Finding:
+    """A finding that leaves the exit code at 0."""
     return Finding(name, "warning", text)
 
 
 def error(name: str, text: str) -> Finding:
+    """A finding that makes the exit code 1."""
     return Finding(name, "error", text)
 
 
@@ -36,6 +41,7 @@ def aside(findings: list[Finding]) -> list[Finding]:
 
 
 def exit_code(findings: list[Finding]) -> int:
+    """The command's exit code: 1 if any finding is an error, else 0."""
     return int(any(finding.state == "error" for finding in findings))
 
 
@@ -50,5 +56,6 @@ def as_text(findings: list[Finding]) -> str:
 
 
 def as_json(findings: list[Finding]) -> str:
+    """The findings for a program; `ok` is whether the exit code is 0."""
     listed = [asdict(finding) for finding in findings]
     return json.dumps({"ok": exit_code(findings) == 0, "findings": listed}, indent=2)

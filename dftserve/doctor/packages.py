@@ -17,6 +17,8 @@ REINSTALL = f"pip install --force-reinstall --no-deps dftserve {PLUGIN}"
 
 
 def findings() -> Iterator[Finding]:
+    """The versions of Python and of the packages that serving needs, and whether they fit
+    together."""
     yield _python()
     yield _dftserve()
     yield _plugin()

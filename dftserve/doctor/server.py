@@ -17,6 +17,7 @@ from dftserve.serve import root_of
 
 ROUTE = "/v1/dft/capabilities"
 ANSWER_SECONDS = 10.0
+"""How long the server may take to answer about itself; it computes nothing for it."""
 LARGEST_ANSWER = 1 << 20
 """Maximum number of bytes that are read of an answer."""
 

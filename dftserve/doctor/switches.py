@@ -9,6 +9,7 @@ from dftserve.spec import DEFAULT_VARIABLE, DiversityError, parse_default
 
 
 def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """The environment variables that disable or limit the plug-in."""
     if environment.get("DFTSERVE_DISABLE", "") not in ("", "0"):
         text = "set: dftserve is inert and the field is ignored; unset it."
         yield warning("DFTSERVE_DISABLE", text)

@@ -1,0 +1,1 @@
+"""How varied, how human and how right the answers of a model are."""

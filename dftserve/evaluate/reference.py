@@ -43,9 +43,13 @@ UNSAMPLED = "unsampled"
 LARGEST = 1 << 20
 """Maximum bytes of anchors.json."""
 LARGEST_TEXTS = 2 << 30
+"""Maximum bytes of texts.jsonl: `MOST` windows of some 400 kB."""
 LARGEST_LINE = 64 << 20
+"""Maximum bytes of one window."""
 MOST_WORDS = 1_000_000
+"""Maximum words of a window, which bounds what a damaged file can ask for."""
 FEW_WORKS = 16
+"""Texts from fewer works than this raise a warning: they are by few authors."""
 LOW_SCORE = 80.0
 """Held-out human text that scores below this raises a warning; on ten splits of the story set it
 scores 92 to 100."""

@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 HOST = "127.0.0.1"
 MAX_BODY_BYTES = 1 << 20
+"""Of a request from the page, whose prompt is typed."""
 ANSWER_TIMEOUT_S, INFO_TIMEOUT_S = 600.0, 10.0
 """For the next bytes of an answer; for requests about the server itself."""
 STATIC = resources.files("dftserve.playground") / "static"
@@ -108,6 +109,8 @@ def run(upstream: Upstream, listener: socket.socket) -> None:
 
 
 def app(upstream: Upstream) -> Starlette:
+    """The ASGI application: the page's files, and requests passed on to the server with its key."""
+
     @asynccontextmanager
     async def lifespan(application: Starlette) -> AsyncIterator[None]:
         application.state.upstream = upstream
@@ -145,6 +148,7 @@ async def server_info(request: Request) -> Response:
 
 
 async def read_info(client: httpx.AsyncClient, upstream: Upstream) -> dict[str, Any]:
+    """What the page shows of the server: its models and capabilities, or the problem in words."""
     url = upstream.url
     found: dict[str, Any] = {"url": url, "key_variable": upstream.key_variable}
     found |= {"models": [], "capabilities": None, "problem": None}
@@ -174,6 +178,7 @@ def inactive(capabilities: Mapping[str, Any] | None) -> str | None:
 
 
 def unreachable(url: str, error: Exception) -> str:
+    """The message for a server that does not answer, or not as an OpenAI-compatible one."""
     reason = str(error) or type(error).__name__
     return f"{url} does not answer as an OpenAI-compatible server ({reason}): is it running?"
 
@@ -198,6 +203,8 @@ async def chat(request: Request) -> Response:
 
 
 async def pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """The server's answer as it arrives; an error after its start becomes an event of the
+    stream."""
     try:
         async for piece in answer.aiter_bytes():
             yield piece
@@ -220,4 +227,5 @@ async def bounded_body(request: Request) -> bytes | None:
 
 
 def refusal(status: int, message: str) -> Response:
+    """An error in the form of OpenAI's API."""
     return JSONResponse({"error": {"message": message}}, status, headers=SECURITY)

@@ -42,6 +42,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Tick:
+    """A labelled value of an axis."""
+
     value: float
     label: str
 
@@ -77,6 +79,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
+    """A point of a series; each coordinate has an interval."""
+
     x: Span
     y: Span
     description: str
@@ -114,6 +118,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Figure:
+    """A plot's content, without positions or colours."""
+
     name: str
     """The name of its file: lower-case letters, digits and '-'."""
     title: str

@@ -23,6 +23,7 @@ MARK = 8
 FAINT = 0.15
 """The opacity of the intervals of more than `MANY` points."""
 MANY = 30
+"""Number of points above which their intervals are faint."""
 TURNS = 24
 """Corners of a circle: enough to look round at the size of a mark."""
 
@@ -47,6 +48,8 @@ COLOURS: dict[Tone, str] = {
 
 @dataclass(frozen=True)
 class Line:
+    """A straight line between two positions, in pixels."""
+
     x0: float
     y0: float
     x1: float
@@ -71,6 +74,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Mark:
+    """The symbol of a point at a position, in pixels."""
+
     x: float
     y: float
     form: Form
@@ -124,6 +129,7 @@ class _Box:
 
 
 def shapes(figure: Figure) -> list[Shape]:
+    """Everything that is drawn, in the order of drawing."""
     styled = list(_styled(figure.series))
     lines = [shape for series, tone, _ in styled for shape in _lines(figure, series, tone)]
     marks = [shape for each in styled for shape in _marks(figure, *each)]

@@ -49,6 +49,7 @@ _TEXT = Markup(
 
 
 def svg(figure: Figure) -> Markup:
+    """The figure as an SVG element, for a page."""
     return _DRAWING.format(
         width=WIDTH,
         height=HEIGHT,

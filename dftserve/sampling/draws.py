@@ -10,12 +10,15 @@ import hashlib
 from torch import Tensor
 
 KEY_BITS = 48
+"""Bits of a key, which two float32 columns hold."""
 HALF_BITS = KEY_BITS // 2
 """Half of a key, which a float32 represents exactly."""
 WORD = 2**32 - 1
+"""Mask of 32 bits."""
 FIRST, SECOND = 0x7FEB352D, 0x1B873593
 """Odd, and below 2^31: their product with a 32-bit number fits in an int64."""
 DRAW_BITS = 24
+"""Bits of a draw: as many as a float32 represents exactly."""
 
 
 def draw_key(*parts: object) -> int:

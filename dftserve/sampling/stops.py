@@ -13,6 +13,7 @@ from dftserve.sampling.entropy import Distribution, exp, is_present, normalise
 from dftserve.sampling.guard import Support
 
 NEWTON_STEPS = 16
+"""Steps of the root finder for the temperature that keeps the stop tokens' probability."""
 NEARLY = 1e-5
 """Relative tolerance at which a temperature counts as equal to T: the root finder returns T only up
 to rounding."""

@@ -94,6 +94,7 @@ class TokenClasses:
 
 
 MAX_MADE = 8
+"""Number of vocabularies whose classes are kept for later calls."""
 _made: "OrderedDict[bytes, TokenClasses]" = OrderedDict()
 
 
@@ -344,6 +345,8 @@ def _kind(character: str) -> int:
 
 
 MAX_SAMPLED = 1024
+"""Characters by which a prefix of UTF-8 is classified, evenly spaced among those that begin with
+it."""
 
 
 @cache

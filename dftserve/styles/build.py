@@ -43,12 +43,17 @@ from dftserve.targets.document import load_tokenizer
 PIECE = 400
 """Words. Long works are split into pieces of this length; a phrase counts once in each piece."""
 MOST_PIECES = 1_000_000
+"""Pieces of one work: no work is shortened."""
 LEAST_ANSWERS = 32
+"""Fewest answers of the model that are accepted."""
 LEAST_RECALL = 0.98
+"""Least share of the phrases in held-out answers that the automaton must find; below it a warning
+says what it missed."""
 HELD_OUT = 5
 """One prompt in so many is held out: recall is measured on its answers, which contribute no
 tokenisations."""
 SHOWN_OPENERS = 20
+"""Number of sentence beginnings that the profile lists."""
 PART = "\ufffd"
 """What a token decodes to if it ends inside a character."""
 ANSWERS = "-answers"
@@ -59,6 +64,8 @@ Tick = Callable[[int, int], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
+    """What `dftserve style build` makes a profile from."""
+
     corpus: Path
     """Texts by people: a file or folder that `dftserve.corpus` can read."""
     model: str

@@ -59,6 +59,7 @@ from dftserve.styles.rounds import Fitted, Round, round_text
 from dftserve.styles.spellings import Finder
 
 STEP = 0.7
+"""Share of the estimated correction that a round makes."""
 PRIOR = 2.0
 """Pseudo-occurrences added to the numerator and the denominator of the logarithm."""
 LEAST_EFFECTIVE = 0.1
@@ -66,12 +67,15 @@ LEAST_EFFECTIVE = 0.1
 SETTLED = 0.05
 """Nats: a round in which no λ changes by this much is the last one."""
 MOST_ROUNDS = 20
+"""Maximum number of rounds, each of which serves and asks the model."""
 RESULT = "fit.json"
 REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
+    """What `dftserve style fit` fits, and on which prompts."""
+
     server: str
     """A model's folder or its name on the hub, which is served afresh for each round; or the URL of
     a server, which the user restarts with `OUT/styles` for each."""
@@ -125,6 +129,8 @@ Ask = Callable[[str, int], Sequence[StyledAnswer]]
 
 @dataclass(frozen=True)
 class Fit:
+    """The result of a fit."""
+
     stored: Stored
     rounds: tuple[Round, ...]
     ended: str

@@ -37,16 +37,20 @@ FORMAT = 1
 MANIFEST, TENSORS = "profile.json", "tensors.safetensors"
 REBUILD = "build the profile again"
 MOST_PHRASES = 100_000
+"""Maximum number of phrases."""
 LARGEST_LOG_RATIO = 10.0
 """λ in nats: no phrase is made more than 22,026 times rarer."""
 LARGEST_DELTA = 10.0
 """|δ| in nats."""
 LARGEST_VOCABULARY = (1 << 24) - 1
+"""As in a target store."""
 MOST_STATES = 1 << 24
+"""Maximum number of the automaton's states."""
 MOST_ENTRIES = 1 << 27
 """Maximum length of a tensor that the constants above do not bound."""
 LARGEST_MANIFEST = 64 << 20
 LARGEST_TENSORS = 2 << 30
+"""Maximum bytes of profile.json and of the tensors."""
 LARGEST_HEADER = 1 << 14
 """Maximum bytes of the safetensors header; its names and shapes take about 1,500."""
 LONGEST_PHRASE = 200

@@ -26,6 +26,7 @@ from dftserve.styles.rounds import Fitted, Round, read, round_text
 SHOWN = 20
 """Phrases that the text lists; the HTML page and the JSON list all."""
 LEVEL = 0.95
+"""Confidence level of the rates' intervals."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Row:
+    """A phrase of a profile, as the summary shows it. Rates are per 1,000 words."""
+
     text: str
     log_ratio: float
     model: Rate
@@ -68,6 +71,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
+    """What `dftserve style inspect` shows of a profile."""
+
     name: str
     model: str
     strength: float
@@ -138,10 +143,12 @@ def inspect(stored: Stored) -> Summary:
 
 
 def as_json(summary: Summary) -> str:
+    """The summary for a program."""
     return json.dumps(asdict(summary), indent=2, ensure_ascii=False)
 
 
 def as_text(summary: Summary) -> str:
+    """The summary for a terminal, with its first phrases only."""
     lines = [*_about(summary), ""]
     head = ("phrase", "λ", "model, per 1,000 words", "people, per 1,000 words")
     rows = [
@@ -157,6 +164,7 @@ def as_text(summary: Summary) -> str:
 
 
 def figures(summary: Summary) -> tuple[Figure, ...]:
+    """The plots of a summary: rates of phrases, and the rounds of a fit."""
     rates = [Rates(row.text, row.model.span, row.human.span) for row in summary.rows]
     rounds = summary.fit.rounds if summary.fit is not None else ()
     return (
@@ -166,6 +174,7 @@ def figures(summary: Summary) -> tuple[Figure, ...]:
 
 
 def as_html(summary: Summary) -> str:
+    """The summary as one page, with every phrase."""
     head = ("phrase", "λ, nats", "model", "people", "prompts", "p", "")
     rows = [
         (
@@ -226,6 +235,7 @@ def fit_figures(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> tupl
 
 
 def fit_html(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> str:
+    """The report of a fit as one page."""
     rows = [
         (
             phrase.text,

@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 from dftserve.styles.profile import LARGEST_DELTA
 
 Z = 3.0
+"""Standard errors by which a δ must differ from 0 (a bigram's: from its token's) to be kept."""
 LEAST_GROUPS = 5
 """Minimum number of groups of texts, on either side, that contain the token or bigram."""
 PRIOR_SD = 0.5
 """Nats: the typical difference between people's choices and the model's."""
 MOST_BIGRAMS = 1_000_000
+"""Maximum number of bigrams; those farthest from 0 are kept."""
 
 
 @dataclass(frozen=True, eq=False)

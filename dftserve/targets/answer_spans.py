@@ -29,6 +29,7 @@ NAMES = ("role", "content", "weight", "name")
 
 
 def is_answer(turn: Turn) -> bool:
+    """Whether the turn is the assistant's."""
     return turn.get("role") == "assistant"
 
 

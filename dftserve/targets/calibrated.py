@@ -68,6 +68,8 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
+    """One source of the mixture, and how well it predicts the held-out text."""
+
     name: str
     weight: float
     """Pooled over all bins."""
@@ -80,12 +82,16 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
+    """By how much the mixture lowers the NLL of a baseline, in nats a token."""
+
     over: str
     nats: Interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
+    """What was fitted in one class of positions."""
+
     title: str
     positions: int
     gain: float | None
@@ -411,6 +417,8 @@ def _component(name: str, weight: float, logprobs_T: np.ndarray, groups_T: np.nd
 
 
 LARGEST_NATS = 100.0
+"""Where a baseline gives a token probability 0, its NLL counts as this, so that a mean stays
+finite."""
 
 
 def _bounded(nll_T: np.ndarray) -> np.ndarray:
@@ -477,6 +485,7 @@ def as_text(found: Calibration) -> str:
 
 
 MOST_SHOWN = 12
+"""Number of bins that the summary lists."""
 
 
 def verdict(found: Calibration) -> str:

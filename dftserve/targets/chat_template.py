@@ -129,6 +129,7 @@ def stop_clock(tokenizer: PreTrainedTokenizerBase, moment: datetime) -> None:
 
 
 def clock_of(tokenizer: PreTrainedTokenizerBase) -> Clock:
+    """The clock that a tokenizer's template reads: the stopped one, or the machine's."""
     return getattr(tokenizer, "clock", _now)
 
 

@@ -44,6 +44,8 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
+    """The mixture's share in each bin, and the gains that it follows from."""
+
     share_B: np.ndarray
     """float64: g."""
     gain_B: np.ndarray

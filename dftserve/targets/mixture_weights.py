@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_STEPS = 1000
+"""Maximum steps of expectation maximisation."""
 LEAST_GAIN = 1e-7
 """Fitting stops when a step raises the objective by less than this, in nats per position."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 EVERY_SECONDS = 15.0
+"""Interval between two lines."""
 
 
 @dataclass

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dftserve.targets.teacher import Teacher
 
 FOLDER = Path(__file__).parent / "recipes"
+"""The recipes that come with dftserve."""
 SUFFIXES = (".yaml", ".yml")
 DEEPEST = 16
 """Levels of nested sources."""
@@ -71,6 +72,8 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """Which texts are used, which source computes their targets, and what is stored of these."""
+
     name: str
     """Default: the name of its file."""
     about: str = ""

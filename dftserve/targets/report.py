@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BIN_NATS = 0.5
+"""Width of a bin of the histogram of entropies."""
 BINS = 24
 """The last bin includes everything above."""
 EXAMPLES = 3
+"""Documents from which examples are shown."""
 POSITIONS = 40
 """Trained positions shown per example."""
 SHOWN = 3
@@ -64,6 +66,8 @@ class Position:
 
 @dataclass(frozen=True)
 class Example:
+    """A stretch of a document, with the target at each of its positions."""
+
     before: str
     """The text before the first position."""
     positions: tuple[Position, ...]
@@ -71,6 +75,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Summary:
+    """What `dftserve target inspect` shows of a store."""
+
     folder: str
     plan: Mapping[str, Any]
     bytes_a_token: float
@@ -172,6 +178,7 @@ def _writer(tokenizer: "PreTrainedTokenizerBase | None") -> "Callable[[Sequence[
 
 
 def as_json(summary: Summary) -> str:
+    """The summary for a program."""
     return json.dumps(asdict(summary), indent=2, ensure_ascii=False)
 
 

@@ -57,6 +57,8 @@ CHECK_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
+    """What `dftserve target build` builds a store from."""
+
     corpus: Path
     """A file or folder, or a YAML of several (`corpus.sources`)."""
     model: str

@@ -56,12 +56,15 @@ from dftserve.targets.source import Source
 from dftserve.targets.sparse import Targets
 
 FORMAT = 1
+"""Number of the format; a store of another one is refused."""
 MANIFEST, PLAN, LOCK = "manifest.json", "plan.json", "lock"
 SPLITS = ("train", "heldout")
 SHARD_TOKENS = 1 << 20
+"""Tokens from which a shard is complete: at most this much is lost when a build is stopped."""
 TOKENS_AT_ONCE = 8192
 """Tokens in one batch for a source, including padding; a longer document is a batch of its own."""
 LARGEST_ID = (1 << 24) - 1
+"""The largest token id: ids have three bytes."""
 LARGEST_MANIFEST = 16 << 20
 """In bytes: enough for some 60,000 shards, or 6e10 tokens."""
 LARGEST_DOCUMENT = 1 << 26
@@ -179,6 +182,8 @@ _BYTES = {"U8": 1, "U16": 2, "F16": 2, "I64": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
+    """What a finished store contains, and how it was built."""
+
     plan: Plan
     shards: tuple[Shard, ...]
     versions: Mapping[str, str]
@@ -767,6 +772,7 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
+    """The versions of the packages that computed the targets, by name."""
     from importlib.metadata import version
 
     return {"dftserve": __version__, **{n: version(n) for n in ("torch", "transformers", "numpy")}}

@@ -25,7 +25,9 @@ from dftserve.targets.teacher import Teacher
 
 STUDENTS_FILE = "students.json"
 LARGEST_FILE = 1 << 20
+"""Maximum bytes of students.json."""
 MOST_FOLDS = 100
+"""Each fold is a training, and its student is in memory during a build."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class CrossFitted:
 
 
 def check_folds(folds: int) -> None:
+    """Raises ValueError for a number of folds out of range."""
     if not 2 <= folds <= MOST_FOLDS:
         raise ValueError(f"folds: got {folds}; accepted: from 2 to {MOST_FOLDS}.")
 
@@ -86,6 +89,7 @@ def run_of(folder: Path, fold: int) -> Path:
 
 
 def final_of(folder: Path, fold: int) -> Path:
+    """The folder of the model that was trained without this fold."""
     return run_of(folder, fold) / "final"
 
 
@@ -95,6 +99,7 @@ def fold_of(document: Document, folds: int) -> int:
 
 
 def corpus_digest(documents: Sequence[Document], folds: int) -> str:
+    """BLAKE3 of the documents and their folds, whatever their order."""
     parts = sorted(each.digest + bytes([fold_of(each, folds)]) for each in documents)
     return blake3(b"".join(parts)).hexdigest()
 

@@ -29,6 +29,7 @@ SET_BY_TRAINER = ("use_cache", "pad_token_id")
 """Settings of a model's config.json that the Trainer sets for its own steps, or to the tokenizer's.
 A tuned model without a cache answers slowly, and Youtu loses the embedding of a padding token."""
 PROFILE_TOKENS = 20_000
+"""Held-out tokens on which the entropies and the suggested diversity are measured."""
 
 
 def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) -> Prepared | None:

@@ -149,6 +149,7 @@ def read(config: TrainConfig) -> Material:
 
 
 def check_patience(config: TrainConfig, steps: int) -> None:
+    """Raises ValueError if a run ends before it could stop early."""
     if config.patience is not None and steps <= config.evaluate_every:
         raise ValueError(
             f"patience: a run of {steps} steps that evaluates every {config.evaluate_every} "
@@ -195,6 +196,7 @@ def steps_of(config: TrainConfig, material: Material) -> int:
 
 
 def steps_of_epoch(config: TrainConfig, material: Material) -> int:
+    """Optimizer steps that read all rows once; the last may be partly filled."""
     return -(-len(material.train) // (config.batch_size * processes.count() * config.accumulation))
 
 

@@ -146,6 +146,7 @@ def checkpointing_name() -> str:
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass instead of storing them."""
     getattr(model, f"{checkpointing_name()}_enable")()
 
 

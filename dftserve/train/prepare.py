@@ -205,6 +205,12 @@ def make_trainer(
     *,
     matching: FeatureMatching | None = None,
 ) -> DFTTrainer:
+    """The trainer of a run, whose inputs have passed all checks.
+
+    Args:
+        model: one that `load_model` returned.
+        matching: as `matching_of` returns it.
+    """
     heldout = heldout_parts(config, material)
     trainer = DFTTrainer(
         model=model,

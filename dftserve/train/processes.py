@@ -29,6 +29,7 @@ def rank() -> int:
 
 
 def is_first() -> bool:
+    """Whether this is the process that prints and writes files."""
     return rank() == 0
 
 

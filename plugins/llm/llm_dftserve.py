@@ -61,6 +61,11 @@ class DiverseChat(Chat):
 
 @llm.hookimpl
 def register_models(register) -> None:
+    """LLM's hook: register the models of dftserve-models.yaml.
+
+    Raises:
+        click.ClickException: the file is not such a list; names the entry.
+    """
     path = llm.user_dir() / "dftserve-models.yaml"
     entry: Any = None
     try:

@@ -1,0 +1,1 @@
+"""Right answers through the sampler: MMLU, GSM8K, HumanEval, refusals."""

@@ -33,6 +33,7 @@ chat models the end of a code block or a token of the template written as text."
 LARGEST = 64 << 20
 """Maximum size of a file of problems, in bytes, compressed and uncompressed."""
 MAX_TOKENS = 1024
+"""Maximum tokens of an answer."""
 INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one ```python block.\n\n"
     "```python\n{prompt}```"

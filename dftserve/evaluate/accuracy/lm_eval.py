@@ -31,7 +31,9 @@ MMLU_SHOTS, GSM8K_SHOTS = 5, 8
 LARGEST = 1 << 30
 """Maximum size of a file of questions, in bytes."""
 LARGEST_LINE = 1 << 20
+"""Maximum bytes of one question."""
 LOG_LINES = 20
+"""Lines at the end of lm-eval's log that an error shows."""
 ANSWERLESS = "LMEVAL_MODEL_NONE_ANSWER_PLACEHOLDER"
 """lm-eval's variable for the text that replaces a null `message.content`."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
@@ -170,6 +172,11 @@ def spread(rows: list[Any], limit: int | None) -> list[Any]:
 
 
 def mmlu(data: Path) -> Iterator[dict[str, Any]]:
+    """The questions of MMLU, each with its subject's examples.
+
+    Raises:
+        ValueError: a subject has too few examples.
+    """
     shots: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in read(data / "mmlu_dev.jsonl"):
         shots[row["subject"]].append(row)
@@ -183,6 +190,7 @@ def mmlu(data: Path) -> Iterator[dict[str, Any]]:
 
 
 def gsm8k(data: Path) -> Iterator[dict[str, Any]]:
+    """The questions of GSM8K, each with the same examples."""
     shots = read(data / "gsm8k_train.jsonl")[:GSM8K_SHOTS]
     for number, row in enumerate(read(data / "gsm8k_test.jsonl")):
         yield {**row, "id": f"gsm8k/{number}", "shots": shots}

@@ -62,14 +62,17 @@ def read_report(path: Path) -> Any:
 
 
 def folder_of(report: Path) -> Path:
+    """The folder in which a report's answers are stored."""
     return report.with_name(f"{report.name}.parts")
 
 
 def files_name(task: str) -> str:
+    """The file that records which questions a task's answers belong to."""
     return f"{task}-files.json"
 
 
 def answers_name(task: str, level: float) -> str:
+    """The file of a task's answers at one level."""
     return f"{task}-{level_text(level)}.json"
 
 
@@ -117,6 +120,7 @@ def _answers(folder: Path, task: str) -> list[Path]:
 
 
 def save(folder: Path, task: str, level: float, answered: Sequence[Answered]) -> None:
+    """Write a task's answers at one level; the file appears whole or not at all."""
     text = json.dumps([asdict(each) for each in answered], indent=1)
     atomic.write_text(folder / answers_name(task, level), text)
 

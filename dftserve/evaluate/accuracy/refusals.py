@@ -28,6 +28,7 @@ DIGITS = 12
 LARGEST = 64 << 20
 """Maximum size of a file of prompts, in bytes."""
 LARGEST_LINE = 1 << 20
+"""Maximum bytes of one prompt."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The Style Diversity Benchmark: its tasks, and running them."""

@@ -1,0 +1,1 @@
+"""Requesting answers from a server, and storing them."""

@@ -10,6 +10,7 @@ from dftserve.openai_client import Server, ServerError
 from dftserve.serve import base_url
 
 TIMEOUT_S = 1200.0
+"""For one answer; many are requested at once."""
 
 
 @dataclass(frozen=True)

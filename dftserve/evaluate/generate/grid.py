@@ -108,6 +108,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
+    """An answer as it is stored: a line of answers.jsonl. The indices are those of its
+    `Request`."""
+
     level: int
     place: int
     sample: int

@@ -19,6 +19,9 @@ LARGEST = 256 << 20
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt, with the system prompt before it. `about`: other fields of its line, which are not
+    sent."""
+
     text: str
     system: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,9 @@ from scipy import stats
 from dftserve.digest import text_digest
 
 DRAWS = 2000
+"""Bootstrap resamples of an interval."""
 LEVEL = 0.95
+"""Confidence level of every interval."""
 PARTS_DIGITS = 16
 """Hexadecimal digits of `parts_of`."""
 

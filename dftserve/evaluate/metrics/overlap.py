@@ -17,6 +17,8 @@ from dftserve.evaluate.text.tokenize import ngrams
 
 PHRASE = 4
 PATTERN = 6
+"""Words of a phrase (`PHRASE`), and of a sentence pattern, in which words that are no function
+words are masked."""
 _KNOWN = frozenset(FUNCTION_WORDS)
 
 

@@ -1,0 +1,1 @@
+"""Which of two texts a judge or a person prefers."""

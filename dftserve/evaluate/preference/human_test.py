@@ -38,6 +38,7 @@ KEY = ".key.json"
 LARGEST = 64 << 20
 """Maximum size of a key, and of a judge's answers, in bytes."""
 POWER = 0.8
+"""The chance with which a test of the planned size shows equivalence if it holds exactly."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class Verdict:
+    """What the judgments of a blind test say about one of its questions."""
+
     question: str
     judgments: int
     judges: int

@@ -1,0 +1,1 @@
+"""Results as JSON, text, HTML and plots."""

@@ -42,6 +42,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
+    """The differences b − a of two results, by diversity."""
+
     a: str
     b: str
     levels: tuple[tuple[Any, tuple[Row, ...]], ...]

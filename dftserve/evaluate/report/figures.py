@@ -65,10 +65,12 @@ def figures(result: Result, accuracy: Accuracy | None = None) -> tuple[Figure, .
 
 
 def rates(result: Result) -> tuple[Figure, ...]:
+    """A plot of each rate per 1,000 words that was measured."""
     return tuple(_rate(result, name) for name in RATES if name in result.human.measures)
 
 
 def render(diversity: Any) -> str:
+    """A diversity as text: a number, or the object as JSON."""
     return f"{diversity:g}" if isinstance(diversity, int | float) else json.dumps(diversity)
 
 

@@ -18,6 +18,7 @@ from dftserve.plots.svg import svg
 
 REPORT = "report.html"
 PHRASES = 12
+"""Number of repeated phrases that a report lists."""
 SCORE_PARTS = (
     ("Style Diversity Score", "sds", 1, "100 · min(1, q) · min(1, V) · clip(P, 0, 1)"),
     ("V, style variance", "variety", 2, "√ of reliable variance between texts, human = 1"),
@@ -27,10 +28,12 @@ SCORE_PARTS = (
 
 
 def write(result: Result, folder: Path, accuracy: Accuracy | None = None) -> None:
+    """Write report.html into the folder of a result."""
     atomic.write_text(folder / REPORT, as_html(result, accuracy))
 
 
 def as_html(result: Result, accuracy: Accuracy | None = None) -> str:
+    """The report as one page without links to other files."""
     drawn = figures(result, accuracy)
     return page(
         f"{result.model}: style diversity",

@@ -19,6 +19,7 @@ LARGEST = 256 << 20
 """Maximum bytes of a result."""
 WRITTEN = "the result.json of `dftserve evaluate`"
 BIN_NATS = 0.25
+"""Width of a bin."""
 BINS = 16
 """Bins in the histogram of the answers' mean entropies; the last includes all higher values."""
 
@@ -46,6 +47,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Level:
+    """What was measured on the answers at one diversity."""
+
     diversity: Any
     side: Side
     tokens: Estimate

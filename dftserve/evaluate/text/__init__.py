@@ -1,0 +1,1 @@
+"""Texts as the measures read them: words, sentences, windows, embeddings."""

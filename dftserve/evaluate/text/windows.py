@@ -16,6 +16,7 @@ from dftserve.evaluate.text.tokenize import (
 )
 
 WORDS = 120
+"""Default length of a window."""
 LEAST_WORDS = 80
 """The halves of shorter windows have too few function words for meaningful shares."""
 LEAST_TEXTS = 8

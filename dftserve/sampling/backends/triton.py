@@ -58,6 +58,7 @@ from dftserve.sampling.token_classes import TokenClasses
 from dftserve.sampling.transform import Statistics
 
 CHUNK = 64
+"""Tokens of a chunk; `_decide` reads only the chunks that have a token above the guard."""
 TILE = 2048
 """Tokens per program of `_maxima` and of `_write`; a multiple of CHUNK."""
 BLOCK = 1024

@@ -28,6 +28,7 @@ MAX_PENALTY = 100.0
 """In nats: e^−100 is practically zero, and no logit overflows."""
 
 LENGTH_BITS = 8
+"""A token and a match length are sorted as one number, with the length in these low bits."""
 
 Ids = NDArray[np.int64]
 Nats = NDArray[np.float32]

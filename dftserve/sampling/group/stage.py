@@ -36,6 +36,7 @@ row, and the request's parameters; then pairs of a code and its used bits, first
 text and then after each waiting row."""
 PAIR = 2
 CODE, USED = range(PAIR)
+"""The columns of such a pair."""
 
 ELEMENTS = 1 << 22
 """Size of the float64 matrix of rows that are drawn at once: 32 MiB, and several such matrices."""

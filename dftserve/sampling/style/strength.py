@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 STEPS = 6
+"""Steps of the search for the strength."""
 
 
 def largest_strength(

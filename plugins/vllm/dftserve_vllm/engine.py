@@ -24,11 +24,13 @@ _config: "VllmConfig | None" = None
 
 
 def record(vllm_config: "VllmConfig") -> None:
+    """Keep the configuration of this process's engine, from which the other functions read."""
     global _config
     _config = vllm_config
 
 
 def vllm_version() -> str:
+    """The version of the vLLM that is running."""
     from vllm import __version__
 
     return __version__
@@ -141,6 +143,7 @@ def engines() -> int:
 
 
 def speculative_method() -> str | None:
+    """The name of the method of speculative decoding; None without it."""
     if _config is None or _config.speculative_config is None:
         return None
     return str(_config.speculative_config.method)

@@ -103,6 +103,7 @@ def renamed(params: "SamplingParams", identity: str) -> "SamplingParams":
 
 
 def is_greedy(params: "SamplingParams") -> bool:
+    """Whether vLLM takes the likeliest token instead of sampling."""
     return params.temperature < GREEDY_BELOW
 
 

@@ -20,6 +20,8 @@ PER_ENGINE = ("model_name", "engine")
 
 
 class Metrics:
+    """The metrics of one process, registered with prometheus_client."""
+
     def __init__(self) -> None:
         self.requests = Counter(
             "dft:requests", "Requests with an active diversity.", ["model_name", "law"]

@@ -287,6 +287,7 @@ def _is_letter(letter: str, after: str) -> bool:
 
 
 def sentence_before(text: str, position: int) -> str:
+    """What a sentence has before a position, of the last 300 characters."""
     return re.split(r"[.\n!?;]", text[max(0, position - 300) : position])[-1]
 
 

@@ -16,6 +16,7 @@ from dftserve.evaluate.text.thinking import after_thinking
 OPENING = 400
 """Number of characters that are examined; a run of blanks counts as one."""
 SENTENCES = 2
+"""Number of sentences that are examined: a refusal comes first."""
 
 
 def _forms(verbs: str) -> str:

@@ -43,6 +43,7 @@ USERS = range(61184, 65520)
 """Users without an account: systemd's dynamic ones. One per run, since processes are counted per
 user."""
 STDERR_BYTES = 4000
+"""The end of a program's stderr that is kept: enough for a traceback."""
 OURS_BYTES, OURS_PROCESSES = 64 << 20, 4
 """Allowance for sandbox_init.py and bubblewrap, which are in the control group too."""
 GRACE_SECONDS = 10.0

@@ -44,6 +44,7 @@ OWN, BUBBLEWRAP, UNSAFE = "own", "bubblewrap", "unsafe"
 INSIDE = "inside"
 """The argument of this script when bubblewrap starts it."""
 NOBODY = 65534
+"""The user and group of a program in its own user namespace: the kernel's overflow id."""
 PROOF = 3
 """The descriptor to which the token is written after the program's last statement."""
 OUT_OF_MEMORY = 77
@@ -53,6 +54,7 @@ VISIBLE = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/dev/nul
 IPC = ("kernel/shmmni", "kernel/msgmni", "fs/mqueue/queues_max")
 """Limits under /proc/sys, per IPC namespace; set to 0 where no filter forbids the calls."""
 ROOT_INODES = 4096
+"""Maximum files and folders of the new root, a tmpfs."""
 SIGNALS = 256
 """Limit on queued signals and timers, which use kernel memory."""
 NEW_ROOT = "/proc"
@@ -144,6 +146,7 @@ def supervise(
 def report_and_leave(
     work: Callable[[Mapping[str, Any]], dict[str, Any]], order: Mapping[str, Any], writer: int
 ) -> NoReturn:
+    """Do the work, write its report to the pipe `writer`, and exit."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.write(writer, b"\n")  # Started; the report is missing if this process is killed.
     try:
@@ -155,10 +158,12 @@ def report_and_leave(
 
 
 def refusal(error: OSError) -> dict[str, Any]:
+    """The report for an isolation that the system refuses."""
     return {"refused": f"{error.filename or 'the system'}: {error.strerror}"}
 
 
 def init(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Process 1 in namespaces of our own."""
     if order["filter"] is None:
         own_ipc()
     own_files()
@@ -166,6 +171,7 @@ def init(order: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def init_of_bubblewrap(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Process 1 in bubblewrap's namespaces, which it has made already."""
     return process_one(order)
 
 
@@ -287,6 +293,8 @@ def own_ipc() -> None:
 
 
 def own_namespaces() -> None:
+    """Leave the namespaces of mounts, processes, network, IPC and host name; of users too, unless
+    root."""
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     user, group = os.geteuid(), os.getegid()
     if user == 0:
@@ -336,6 +344,7 @@ def visible_paths() -> list[str]:
 
 
 def folders_above(path: str) -> list[str]:
+    """The folders that an absolute path lies in, outermost first, without the root."""
     parts = path.split("/")[1:-1]
     return ["/" + "/".join(parts[: i + 1]) for i in range(len(parts))]
 
@@ -356,6 +365,7 @@ def make_visible(path: str) -> None:
 
 
 def make_read_only(path: str, flags: int) -> None:
+    """Make a mount read-only; `flags`: AT_RECURSIVE for those below it too, or 0."""
     attributes = (ctypes.c_uint64 * 4)(ATTR_RDONLY | ATTR_NOSUID, 0, 0, 0)
     numbers = (ctypes.c_long(SYS_MOUNT_SETATTR), ctypes.c_long(AT_FDCWD))
     size = ctypes.c_long(ctypes.sizeof(attributes))
@@ -381,11 +391,13 @@ def drop_privileges(user: int, processes: int) -> None:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """mount(2); raises OSError."""
     texts = [None if text is None else text.encode() for text in (source, target, kind)]
     call_libc("mount", *texts, ctypes.c_ulong(flags), options.encode())
 
 
 def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument; raises OSError."""
     call_libc("prctl", option, *(ctypes.c_ulong(number) for number in (value, 0, 0, 0)))
 
 
