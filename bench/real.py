@@ -201,7 +201,7 @@ class Checks:
             chosen_T = np.isin(prompt_T, at)
             return two_sample.mmd2(style_TF[chosen_T], self._human_NF, self._space.sigma)
 
-        return {"style": two_sample.rooted(jackknife(count, squared))}
+        return {"style": two_sample.mmd_from_squared(jackknife(count, squared))}
 
 
 def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:

@@ -221,7 +221,7 @@ def head_batch(size: Size) -> tuple[Tensor, Tensor, TargetRows]:
     source = RandomTargets(size.vocabulary)
     drawn = source.targets(documents, k=K, draws=DRAWS, seeds=range(size.rows))
     labels_N = np.concatenate([document.labels_T for document in documents])
-    return hidden_ND, weight_VD, TargetRows.of(labels_N, Targets.joined(drawn))
+    return hidden_ND, weight_VD, TargetRows.of(labels_N, Targets.concatenate(drawn))
 
 
 def cleared(way: Callable[[], None], *leaves: Tensor) -> Callable[[], None]:

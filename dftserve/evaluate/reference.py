@@ -122,8 +122,8 @@ def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> An
     _require_enough(len(whole), f"{len(windows)} texts, {short} of them shorter than {words} words")
     _require_english(whole)
     whole = _sorted_by_digest(whole, seed)
-    drawn = whole.pick(_drawn(whole))
-    kept = drawn.pick(_originals(drawn))
+    drawn = whole.pick(_subsample(whole))
+    kept = drawn.pick(_without_copies(drawn))
     units = _units(kept)
     alone = len(kept) - sum(map(len, units))
     dropped = {"short": short, "copies": len(drawn) - len(kept), "alone": alone}
@@ -136,7 +136,7 @@ def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> An
             f"human texts: got {counts} after {dropped} were dropped; accepted: at least {LEAST}: "
             "more texts, or prompts and sources with fewer each, as these are kept whole."
         )
-    return _fitted(seed, dropped, splits)
+    return _fit(seed, dropped, splits)
 
 
 def save(anchors: Anchors, folder: Path) -> None:
@@ -184,7 +184,7 @@ def load(folder: Path) -> Anchors:
         raise ValueError(f"{folder / TEXTS}: changed since it was written; build it again.")
     with shaped_as(folder / TEXTS, f"the texts of {written}"):
         splits = _read_splits(folder, words)
-    anchors = _fitted(about["seed"], about["dropped"], splits)
+    anchors = _fit(about["seed"], about["dropped"], splits)
     if _about(anchors) != {name: value for name, value in about.items() if name != "texts_blake3"}:
         raise ValueError(
             f"{folder}: this version computes other scores for these texts than the one that wrote "
@@ -273,7 +273,7 @@ def _sorted_by_digest(windows: Windows, seed: int) -> Windows:
     return windows.pick(sorted(range(len(windows)), key=key))
 
 
-def _drawn(windows: Windows) -> list[int]:
+def _subsample(windows: Windows) -> list[int]:
     """Indices of at most `MOST` texts, equally many from each unit that has enough.
 
     Taking all texts of some units could leave too few units to split, and prompts with fewer than
@@ -291,7 +291,7 @@ def _drawn(windows: Windows) -> list[int]:
     return sorted([index for unit in units for index in unit[:of_each]][:MOST])
 
 
-def _originals(windows: Windows) -> list[int]:
+def _without_copies(windows: Windows) -> list[int]:
     """Indices of the texts that are no copies of an earlier one."""
     shared_TT = ngram_overlap([tokens(text) for text in windows.texts])
     kept: list[int] = []
@@ -354,7 +354,7 @@ def _require_english(windows: Windows) -> None:
 # ── Scores ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fitted(seed: int, dropped: dict[str, int], splits: dict[str, Windows]) -> Anchors:
+def _fit(seed: int, dropped: dict[str, int], splits: dict[str, Windows]) -> Anchors:
     sds_reference = SDSReference.fit(splits["reference"], splits["calibration"])
     return Anchors(seed, dropped, splits, sds_reference, score(splits["test"], sds_reference))
 

@@ -24,9 +24,9 @@ from dftserve.evaluate.generate.grid import (
     RequestGrid,
     check_asked,
     count_answers,
-    doubt,
     generate,
     read_asked,
+    unknown_weights_warning,
 )
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.generate.prompts import read as read_prompts
@@ -153,7 +153,7 @@ def ask(
     weights = job.weights if job.is_url else weights_of(job.model, say)
     request_grid = job.requests(_model(job, is_complete, say), prompts, weights)
     check_asked(request_grid, job.out)  # Before starting a server, which takes minutes.
-    if (warning := doubt(request_grid, job.out)) is not None:
+    if (warning := unknown_weights_warning(request_grid, job.out)) is not None:
         say(warning)
 
     with contextlib.ExitStack() as stack:

@@ -265,7 +265,7 @@ def _from_server(job: Job, say: Say, tick: Tick) -> list[Sample]:
         temperature=job.temperature,
         seed=job.seed,
     )
-    if (unknown := grid.doubt(wanted, folder)) is not None:
+    if (unknown := grid.unknown_weights_warning(wanted, folder)) is not None:
         say(unknown)
 
     answers = grid.generate(wanted, folder, server=server, concurrency=job.concurrency, tick=tick)

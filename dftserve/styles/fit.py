@@ -375,7 +375,7 @@ def _answers(
         weights=None if job.is_url else weights_of(job.server, say),
     )
     grid.check_asked(wanted, folder)  # Before minutes go into starting a server.
-    if (unknown := grid.doubt(wanted, folder)) is not None:
+    if (unknown := grid.unknown_weights_warning(wanted, folder)) is not None:
         say(unknown)
     with contextlib.ExitStack() as stack:
         url = "" if is_whole else stack.enter_context(_served(job, name, number))

@@ -461,14 +461,18 @@ def as_text(found: Calibration) -> str:
     lines = [
         f"{found.documents:,} held-out documents, {found.tokens:,} trained tokens",
         f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}{'ruled out':>11}",
-        f"  {'mixture':16}{found.mixture.mean:8.3f}{_ends(found.mixture):>18}",
+        f"  {'mixture':16}{found.mixture.mean:8.3f}{_interval_text(found.mixture):>18}",
     ]
     for each in found.components:
-        mean, ends = ("", "") if each.nll is None else (f"{each.nll.mean:.3f}", _ends(each.nll))
+        mean, ends = (
+            ("", "") if each.nll is None else (f"{each.nll.mean:.3f}", _interval_text(each.nll))
+        )
         cells = f"{mean:>8}{ends:>18}{each.weight:9.3f}{each.ruled_out:11.1%}"
         lines.append(f"  {each.name:16}{cells}")
     for gain in found.gains:
-        lines.append(f"  gain over {gain.over}: {gain.nats.mean:.4f} ({_ends(gain.nats, 4)})")
+        lines.append(
+            f"  gain over {gain.over}: {gain.nats.mean:.4f} ({_interval_text(gain.nats, 4)})"
+        )
     used = sorted((b for b in found.bins if b.share), key=lambda b: -b.share * b.positions)
     for each in used[:MOST_SHOWN]:
         lines.append(f"  share {each.share:.3f}, {each.positions:,} positions: {each.title}")
@@ -499,14 +503,14 @@ def verdict(found: Calibration) -> str:
     why = (
         f"it does not predict unseen text better than {least.over} "
         f"({found.mixture.mean:.3f} nats a token; gain {least.nats.mean:.4f}, "
-        f"{_ends(least.nats, 4)})"
+        f"{_interval_text(least.nats, 4)})"
         if least.nats.low <= 0
         else f"its gain over {least.over} ({least.nats.mean:.4f} nats a token) is sure in no bin"
     )
     return f"The mixture is refused: {why}, so every target is the text's own token."
 
 
-def _ends(given: Interval, digits: int = 3) -> str:
+def _interval_text(given: Interval, digits: int = 3) -> str:
     return f"{given.low:.{digits}f} to {given.high:.{digits}f}"
 
 

@@ -84,18 +84,18 @@ def encode(
     template = ChatTemplate.of(tokenizer, tools=bool(tools))
     turns, notes = _until_last_answer(messages)
     turns = [*map(_with_arguments, turns)]
-    marks = _unused(turns, tools, template.source)
+    marks = _unused_marks(turns, tools, template.source)
     spellings = _Spellings.of(tokenizer, spelled, marks)
     turns = [_replace_spellings(turn, spellings) for turn in turns]
-    tools = [*map(spellings.hidden, tools)] if tools else None
+    tools = [*map(spellings.replace_in, tools)] if tools else None
     turns, tools, more = _used_fields(template, turns, tools)
     notes += _omitted_turns(template, turns, tools, marks)
     text, marked = template.render(turns, tools)
     spans = marked if template.marks else answer_spans(template, turns, tools, text, marks)
     spans = _selected_spans(template, turns, spans, answers)
     if not _follows_prompt(template, text, spans):
-        notes.append(_unasked(template.header))
-    if spellings.hides(text):
+        notes.append(_prompt_note(template.header))
+    if spellings.occur_in(text):
         notes.append(READ_AS_TEXT)
     tokens_N, offsets = _tokens(tokenizer, text, spellings, [start for start, _ in spans])
     trained_N = np.zeros(len(tokens_N), dtype=bool)
@@ -109,7 +109,7 @@ def encode(
     return Encoded(Document(tokens_N, trained_N, has_prompt=True), (*notes, *more))
 
 
-def _unused(*values: Any) -> Iterator[str]:
+def _unused_marks(*values: Any) -> Iterator[str]:
     """Private-use characters that occur in none of the values, at any depth."""
     used = set(json.dumps(values, ensure_ascii=False, default=str))
     return (mark for mark in map(chr, PRIVATE) if mark not in used)
@@ -161,7 +161,9 @@ def _arguments(called: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _replace_spellings(turn: Turn, spellings: "_Spellings") -> dict[str, Any]:
-    return {key: value if key == "role" else spellings.hidden(value) for key, value in turn.items()}
+    return {
+        key: value if key == "role" else spellings.replace_in(value) for key, value in turn.items()
+    }
 
 
 def _used_fields(
@@ -261,7 +263,7 @@ def _selected_spans(
     return [span for span, each in zip(spans, trained, strict=True) if each]
 
 
-def _unasked(header: str) -> str:
+def _prompt_note(header: str) -> str:
     """The note on an answer that is not trained on where a server asks for it."""
     return (
         f"an answer does not follow {header!r}, with which the chat template asks for one: it is "
@@ -317,14 +319,14 @@ class _Spellings:
     ) -> "_Spellings":
         return cls({text: next(marks) for text in special_tokens(tokenizer)}, how)
 
-    def hidden(self, value: Any) -> Any:
+    def replace_in(self, value: Any) -> Any:
         """The value with special tokens replaced by private-use characters, at any depth."""
         if self.how == "keep":
             return value
         if isinstance(value, Mapping):
-            return {self.hidden(key): self.hidden(each) for key, each in value.items()}
+            return {self.replace_in(key): self.replace_in(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return [*map(self.hidden, value)]
+            return [*map(self.replace_in, value)]
         if not isinstance(value, str):
             return value
         for text, private in self.private.items():
@@ -334,7 +336,7 @@ class _Spellings:
                 value = value.replace(text, private)
         return value
 
-    def hides(self, text: str) -> bool:
+    def occur_in(self, text: str) -> bool:
         return any(private in text for private in self.private.values())
 
     def pieces(self, text: str) -> Iterator[tuple[str, str | None, int]]:
@@ -374,7 +376,7 @@ def _tokens(
     for start, end in itertools.pairwise(ends):
         piece = text[start:end]
         part, spans = _tokenized(tokenizer, piece, spellings)
-        if start and not spellings.hides(piece) and not _is_exact(tokenizer, part, piece):
+        if start and not spellings.occur_in(piece) and not _is_exact(tokenizer, part, piece):
             raise UnfitError(
                 "the answer's beginning and the prompt's end are one token, and this tokenizer "
                 "cannot read them apart"

@@ -63,7 +63,7 @@ def interval(values_T: np.ndarray, groups_T: np.ndarray) -> Interval:
     sums_SB, counts_SB = _sums(values_T, groups_T, np.zeros(len(values_T), np.int64), 1)
     if len(sums_SB) < 2:
         raise ValueError(f"got {len(sums_SB)} documents; accepted: two or more.")
-    low_B, high_B = _ends(sums_SB, counts_SB, LEVEL)
+    low_B, high_B = _bounds(sums_SB, counts_SB, LEVEL)
     return Interval(mean=float(values_T.mean()), low=float(low_B[0]), high=float(high_B[0]))
 
 
@@ -90,7 +90,7 @@ def gate(
     gain_B = np.full(bins, np.inf)
     for each_T in gains.values():
         sums_SB, counts_SB = _sums(each_T, groups_T, bins_T, bins)
-        low_B, _ = _ends(sums_SB, counts_SB, LEVEL / used)
+        low_B, _ = _bounds(sums_SB, counts_SB, LEVEL / used)
         enough_B = (counts_SB > 0).sum(axis=0) >= LEAST_DOCUMENTS
         gain_B = np.minimum(gain_B, np.where(enough_B, low_B, -np.inf))
     passes = min(each.low for each in overall.values()) > 0
@@ -113,7 +113,7 @@ def _sums(
 # ── Intervals ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ends(
+def _bounds(
     sums_SB: np.ndarray, counts_SB: np.ndarray, level: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper ends of each bin's mean over tokens; infinite with fewer than two documents.

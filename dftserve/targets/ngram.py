@@ -192,7 +192,7 @@ class Ngram(AdditiveSource):
             given, left_R = self._distributed([at[part] for at in at_T], own, len(labels_T[part]))
             entries = Entries.of(given, left_R, self.vocabulary)
             parts.append(sparsify(entries, shared, labels_T[part], k=k, draws=draws, random=random))
-        return Targets.joined(parts)
+        return Targets.concatenate(parts)
 
     def token_logprobs(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Computed without building dense rows."""

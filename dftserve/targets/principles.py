@@ -202,19 +202,19 @@ def _system_turn(tokenizer: PreTrainedTokenizerBase, principle: str) -> SystemTu
         return None
     if principle.strip() not in tokenizer.decode(full):  # Silently omitted.
         return None
-    same = _common(bare[::-1], full[::-1])
+    same = _common_prefix(bare[::-1], full[::-1])
     replaces = bare[: len(bare) - same]
     # The last token before the content may be another one if the content begins with a line end.
-    start = max(len(replaces) + 1, _common(bare, other_user) - 1)
+    start = max(len(replaces) + 1, _common_prefix(bare, other_user) - 1)
     return SystemTurn(
         opening=tuple(full[: len(full) - same]),
         replaces=tuple(replaces),
-        header=tuple(system[: _common(system, other_system)]),
-        bare=tuple(bare[: min(start, _common(bare, other_user))]),
+        header=tuple(system[: _common_prefix(system, other_system)]),
+        bare=tuple(bare[: min(start, _common_prefix(bare, other_user))]),
     )
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of tokens that both begin with."""
     different = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(different, min(len(one), len(other)))
@@ -229,12 +229,12 @@ def _templated(tokenizer: PreTrainedTokenizerBase, **contents: str) -> list[int]
 
 def _under_principle(document: Document, opening: Opening) -> tuple[np.ndarray, np.ndarray]:
     """The document's tokens under a principle, and the new positions of its trained tokens."""
-    before, dropped = _start(document, opening)
+    before, dropped = _replaced_beginning(document, opening)
     tokens = np.concatenate([np.array(before, np.int64), document.tokens_N[dropped:]])
     return tokens, document.positions_T + (len(before) - dropped)
 
 
-def _start(document: Document, opening: Opening) -> tuple[tuple[int, ...], int]:
+def _replaced_beginning(document: Document, opening: Opening) -> tuple[tuple[int, ...], int]:
     """The tokens that a document begins with under a principle, and the number of its own tokens
     that they replace."""
     system = opening.system
@@ -267,7 +267,7 @@ def check_lengths(
         for document in documents:
             if len(document.tokens_N) + opening.longest <= positions:
                 continue
-            before, dropped = _start(document, opening)
+            before, dropped = _replaced_beginning(document, opening)
             longest = len(document.tokens_N) - dropped + len(before)
             if longest > positions:
                 raise ValueError(

@@ -208,7 +208,7 @@ def _entropy(probabilities: Sequence[float]) -> float:
 
 def _joined(parts: list[Targets], k: int) -> Targets:
     if parts:
-        return Targets.joined(parts)
+        return Targets.concatenate(parts)
     none, none_K = np.zeros(0, np.float32), np.zeros((0, k))
     return Targets(
         top_ids_TK=none_K.astype(np.int64),

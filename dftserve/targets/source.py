@@ -87,7 +87,7 @@ class DenseSource(Source):
                 generator = torch.Generator(logprobs_RV.device).manual_seed(seed)
             labels_R = labels_T[start : start + size].to(logprobs_RV.device)
             parts.append(sparsify(logprobs_RV, labels_R, k=k, draws=draws, generator=generator))
-        return Targets.joined(parts)
+        return Targets.concatenate(parts)
 
 
 @dataclass(frozen=True)

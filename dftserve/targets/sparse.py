@@ -43,7 +43,7 @@ class Targets:
         return Targets(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     @staticmethod
-    def joined(parts: "list[Targets]") -> "Targets":
+    def concatenate(parts: "list[Targets]") -> "Targets":
         return Targets(
             **{
                 field.name: np.concatenate([getattr(part, field.name) for part in parts])

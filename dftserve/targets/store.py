@@ -511,7 +511,7 @@ def _write_shard(path: Path, documents: Sequence[Document], parts: Sequence[Targ
 
 
 def _packed_shard(documents: Sequence[Document], parts: Sequence[Targets]) -> bytes:
-    targets = Targets.joined(list(parts))
+    targets = Targets.concatenate(list(parts))
     tokens_N = np.concatenate([document.tokens_N for document in documents])
     tensors = {
         **_packed("tokens", tokens_N),

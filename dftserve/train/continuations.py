@@ -138,7 +138,7 @@ class Layout:
             "attention_mask": hidden[:, None],
         }
 
-    def whole(self, text_BN: Tensor, continuations_BKSG: Tensor, dtype: torch.dtype):
+    def all_inputs(self, text_BN: Tensor, continuations_BKSG: Tensor, dtype: torch.dtype):
         """The model's inputs for the text with its continuations."""
         ids_BQ = torch.cat([text_BN, _by_step(continuations_BKSG)], dim=1)
         return self.inputs(ids_BQ, slice(0, ids_BQ.shape[1]), dtype)
@@ -267,7 +267,7 @@ def _difference(model: LanguageModel, row_1N: Tensor, layout: Layout, drawn_1KSG
     """The largest difference of log-probabilities, relative to their spread, between each
     continuation read alone after its document and the whole sequence, read both at once and step by
     step."""
-    whole = layout.whole(row_1N, drawn_1KSG, model.model.dtype)
+    whole = layout.all_inputs(row_1N, drawn_1KSG, model.model.dtype)
     at_KSG = layout.predicting_positions()[0]
     together_KSGV = _logprobs(model, model.states(**whole).hidden_BND, at_KSG)
     cache = DynamicCache()

@@ -42,7 +42,7 @@ class Piece:
 Row = tuple[Piece, ...]
 
 
-def pieces(lengths: Sequence[int], longest: int) -> list[Piece]:
+def cut_documents(lengths: Sequence[int], longest: int) -> list[Piece]:
     """All documents; those that are longer than a row are cut into windows."""
     return [
         Piece(document, start, stop)
@@ -51,7 +51,7 @@ def pieces(lengths: Sequence[int], longest: int) -> list[Piece]:
     ]
 
 
-def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
+def pack(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
     """Rows of at most `longest` tokens: each piece goes into the fullest row that has room.
 
     Best fit, longest first; pieces of equal length are in a random order.
@@ -76,7 +76,7 @@ def packed(parts: Sequence[Piece], longest: int, seed: int) -> list[Row]:
     return random.Random(seed).sample(rows, len(rows))
 
 
-def one_a_row(parts: Sequence[Piece], seed: int) -> list[Row]:
+def one_per_row(parts: Sequence[Piece], seed: int) -> list[Row]:
     """One row per piece, in random order, so that the first rows sample all files of a corpus."""
     return [(part,) for part in random.Random(seed).sample(list(parts), len(parts))]
 
@@ -111,8 +111,8 @@ class Rows(Dataset):
     ) -> None:
         self._store, self._split = store, split
         self.packing = packing
-        parts = pieces(store.lengths(split), longest)
-        rows = packed(parts, longest, seed) if packing else one_a_row(parts, seed)
+        parts = cut_documents(store.lengths(split), longest)
+        rows = pack(parts, longest, seed) if packing else one_per_row(parts, seed)
         trained = self._trained_tokens(parts)
         counted = [(row, sum(trained[part] for part in row)) for row in rows]
         self.rows = [row for row, count in counted if count]
@@ -163,7 +163,7 @@ class Rows(Dataset):
         return document.window(piece.start, piece.stop), targets[int(first) : int(last)]
 
 
-def joined(parts: Sequence[Targets]) -> Targets:
+def merge_targets(parts: Sequence[Targets]) -> Targets:
     """The targets of one batch, which may come from stores with different numbers of top entries
     and draws.
 
@@ -174,10 +174,10 @@ def joined(parts: Sequence[Targets]) -> Targets:
     draws = math.lcm(*(part.tail_ids_TM.shape[1] or 1 for part in parts))
     if all(part.tail_ids_TM.shape[1] == 0 for part in parts):
         draws = 0
-    return Targets.joined([_widened(part, kept, draws) for part in parts])
+    return Targets.concatenate([_pad(part, kept, draws) for part in parts])
 
 
-def _widened(part: Targets, kept: int, draws: int) -> Targets:
+def _pad(part: Targets, kept: int, draws: int) -> Targets:
     missing, (positions, drawn) = kept - part.top_ids_TK.shape[1], part.tail_ids_TM.shape
     if missing:
         widths = ((0, 0), (0, missing))
@@ -228,7 +228,7 @@ class Collator:
             position_BN[row, end:] = np.arange(longest - end)
             mask_BN[row, :end] = 1
             tokens_BN[row, end:] = tokens_BN[row, end - 1]
-        targets = joined([targets for item in items for _, targets in item])
+        targets = merge_targets([targets for item in items for _, targets in item])
         rows = TargetRows.of(np.concatenate(labels), targets)
         layout = {"position_ids": position_BN} if self.packing else {"attention_mask": mask_BN}
         return {

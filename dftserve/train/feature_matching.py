@@ -137,7 +137,7 @@ class FeatureNetwork:
     ) -> tuple[Tensor, Tensor]:
         """([B, K, S, F], [B, K, F]): features of the samples, and of the text's continuation."""
         rows, anchors = layout.places_BK.shape
-        given = layout.whole(text_BN, continuations_BKSG, self.model.model.dtype)
+        given = layout.all_inputs(text_BN, continuations_BKSG, self.model.model.dtype)
         with self.untrained():
             states_BQD = self.model.layer_states(self.layers, **given)
         last = layout.step(layout.length - 1)

@@ -92,7 +92,7 @@ def attach(
         if anchors_BK is not None and continuations_BKSG is not None:
             *_, samples, length = continuations_BKSG.shape
             layout = Layout.of(given, anchors_BK, samples=samples, length=length)
-            given = layout.whole(text_BN, continuations_BKSG, language_model.model.dtype)
+            given = layout.all_inputs(text_BN, continuations_BKSG, language_model.model.dtype)
         states = language_model.states(**given)
         rows, tokens = text_BN.shape
         hidden_BQD = states.hidden_BND.reshape(rows, -1, states.hidden_BND.shape[-1])

@@ -56,7 +56,7 @@ def check_restarts() -> None:
         )
 
 
-def gathered(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """The values of all processes, by rank. All must make the same calls in the same order.
 
     Args:
@@ -114,7 +114,7 @@ def together() -> Iterator[None]:
         if count() > 1:
             _publish(f"{named()}: {type(error).__name__}")
         raise
-    errors = gathered(None if own is None else f"{named()}: {own}")
+    errors = gather(None if own is None else f"{named()}: {own}")
     if own is not None:
         raise own
     first = next((error for error in errors if error is not None), None)

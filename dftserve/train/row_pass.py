@@ -68,14 +68,14 @@ class PlainPass:
 
     def __call__(self, raw_RV: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         wide_RV = raw_RV.to(self.target.token_logprob_R.dtype)
-        logits_RV, bend_RV = _bent(wide_RV, self.scale, self.cap)
+        logits_RV, slope_RV = _scale_and_cap(wide_RV, self.scale, self.cap)
         rows = Rows.of(logits_RV)
         entropy_R = rows.entropy_R
         loss_R, gradient_RV = self.divergence.loss_and_gradient(rows, self.target[part])
-        return loss_R, entropy_R, gradient_RV if bend_RV is None else gradient_RV.mul_(bend_RV)
+        return loss_R, entropy_R, gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV)
 
 
-def _bent(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
+def _scale_and_cap(raw_RV: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor | None]:
     """The logits, and d logits / d raw, or None if that is 1; `raw_RV` is overwritten."""
     if scale != 1.0:
         raw_RV.mul_(scale)

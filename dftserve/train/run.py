@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Path:
     with ExitStack() as opened:
         with processes.together():
             has_final = (output / FINAL).exists()
-        is_finished = processes.gathered(has_final)[0]
+        is_finished = processes.gather(has_final)[0]
         finished = f"{output / FINAL} exists: this run is finished."
         # After a restart by torchrun this is no error: a process may have died after the run ended.
         if is_finished and not processes.may_restart():

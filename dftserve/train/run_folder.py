@@ -102,8 +102,8 @@ class RunFolder:
         """
         with processes.together():
             mine = _compared(_settings(self._config))
-        names = processes.gathered(processes.named())
-        first, *others = processes.gathered(mine)
+        names = processes.gather(processes.named())
+        first, *others = processes.gather(mine)
         for name, other in zip(names[1:], others, strict=True):
             _refuse_differing(names[0], first, name, other)
 
@@ -113,9 +113,9 @@ class RunFolder:
         Raises:
             ValueError: the same in all processes; names the machine.
         """
-        names = processes.gathered(processes.named())
-        start_id = processes.gathered(self._start_id)[0]
-        for name, sees in zip(names, processes.gathered(self._sees(start_id)), strict=True):
+        names = processes.gather(processes.named())
+        start_id = processes.gather(self._start_id)[0]
+        for name, sees in zip(names, processes.gather(self._sees(start_id)), strict=True):
             if not sees:
                 raise ValueError(
                     f"output: {name} does not see in {self._folder} what {names[0]} wrote there; "
@@ -132,7 +132,7 @@ class RunFolder:
         with processes.together():
             newest = last_checkpoint(self._folder) if processes.is_first() else None
             tried = (read_object(self._folder / WEIGHTS) or {}) if processes.is_first() else {}
-        name, tried = processes.gathered([newest.name if newest else None, tried])[0]
+        name, tried = processes.gather([newest.name if newest else None, tried])[0]
         if name is None:
             return None, tried
         path = self._folder / name
@@ -152,7 +152,7 @@ class RunFolder:
             found = read_object(path) if processes.is_first() else None
             with shaped_as(path, "what a run writes"):
                 mine = [str(each["path"]) for each in _stores(found)] if found else []
-        return processes.gathered(mine)[0]
+        return processes.gather(mine)[0]
 
     def _sees(self, start_id: str) -> bool:
         """Whether this process sees the lock file of the first process."""

@@ -342,11 +342,13 @@ def test_a_distance_of_0_has_an_interval():
     """The roots of numbers below 0 are all 0, and their jackknife would be [0, 0]."""
     x, y = normal(3, 40), normal(4, 40)
     squared = jackknife(40, lambda at: two_sample.mmd2(x[at], y, 1.3))
-    found = two_sample.rooted(squared)
+    found = two_sample.mmd_from_squared(squared)
     assert squared.value < 0 < squared.high
     assert max(squared.left_out) < 0.01
     assert (found.value, found.low) == (0, 0)
     assert found.high == pytest.approx(math.sqrt(squared.high))
-    apart = two_sample.rooted(jackknife(40, lambda at: two_sample.mmd2(x[at], y + 2, 1.3)))
+    apart = two_sample.mmd_from_squared(
+        jackknife(40, lambda at: two_sample.mmd2(x[at], y + 2, 1.3))
+    )
     assert 0 < apart.low < apart.value < apart.high
     assert len(apart.left_out) == 10

@@ -274,8 +274,11 @@ def test_differences_are_paired_only_if_the_same_prompts_are_left_out():
     b_N = a_N + 0.01 * rng.normal(size=40)
     prompts = [f"prompt {number}" for number in range(40)]
     a, b = (intervals.jackknife(40, lambda at, v=v: float(v[at].mean())) for v in (a_N, b_N))
-    of_prompts, moved = intervals.parts_of(prompts), intervals.parts_of([*prompts[1:], "another"])
-    assert of_prompts == intervals.parts_of(list(prompts)) != moved
+    of_prompts, moved = (
+        intervals.parts_digest(prompts),
+        intervals.parts_digest([*prompts[1:], "another"]),
+    )
+    assert of_prompts == intervals.parts_digest(list(prompts)) != moved
     paired = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=of_prompts))
     unpaired = intervals.difference(replace(a, parts=of_prompts), replace(b, parts=moved))
     assert paired == intervals.difference(a, b)
@@ -293,16 +296,16 @@ def test_the_jackknife_leaves_out_whole_prompts(prompts, answers):
     found = jackknife(len(repeated), lambda at: repeated[at].mean(), groups=groups)
     assert (found.value, found.low, found.high) == pytest.approx((one.value, one.low, one.high))
     shown = {name: set() for name in groups}
-    for name, part in zip(groups, intervals.tenths(len(groups), groups), strict=True):
+    for name, part in zip(groups, intervals.part_numbers(len(groups), groups), strict=True):
         shown[name].add(int(part))
     assert all(len(parts) == 1 for parts in shown.values())
 
 
 def test_texts_of_no_prompt_or_of_one_are_left_out_by_text():
     for groups in ([""] * 23, ["one prompt"] * 23, [f"{number}" for number in range(23)]):
-        assert intervals.tenths(23, groups).tolist() == intervals.tenths(23).tolist()
+        assert intervals.part_numbers(23, groups).tolist() == intervals.part_numbers(23).tolist()
     with pytest.raises(ValueError, match="got 3; accepted: one for each of 23"):
-        intervals.tenths(23, ["a", "b", "c"])
+        intervals.part_numbers(23, ["a", "b", "c"])
 
 
 def test_a_part_with_more_texts_is_no_variation():

@@ -20,7 +20,7 @@ from dftserve.evaluate.accuracy.compare import compare as compare_accuracy
 from dftserve.evaluate.accuracy.report import read as read_accuracy
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.evaluate.metrics import lexical, suite
-from dftserve.evaluate.metrics.intervals import Estimate, tenths
+from dftserve.evaluate.metrics.intervals import Estimate, part_numbers
 from dftserve.evaluate.metrics.slop import Phrases, read_phrases
 from dftserve.evaluate.metrics.suite import MEASURES, _clipped
 from dftserve.evaluate.report.compare import compare
@@ -101,7 +101,7 @@ def test_a_text_that_is_left_out_is_no_reference_either(instruments, name, stati
     texts = Windows.of([Sample(text, f"prompt {i // 3}") for i, text in enumerate(people)])
     found = suite.measure(texts, Windows.of(map(Sample, people)), instruments)[name]
     tokens_T = [tokens(text) for text in texts.texts]
-    part_T = tenths(TEXTS, texts.groups)
+    part_T = part_numbers(TEXTS, texts.groups)
     wanted = [
         statistic([own for own, its in zip(tokens_T, part_T, strict=True) if its != part])
         for part in range(TEXTS // 3)

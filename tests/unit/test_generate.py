@@ -19,9 +19,9 @@ from dftserve.evaluate.generate.grid import (
     Answer,
     RequestGrid,
     count_answers,
-    doubt,
     generate,
     samples_by_level,
+    unknown_weights_warning,
 )
 from dftserve.evaluate.generate.in_force import check
 from dftserve.evaluate.generate.prompts import Prompt
@@ -190,8 +190,8 @@ def test_answers_of_other_weights_are_refused_and_unknown_ones_are_not(tmp_path)
             run(url, tmp_path, request_grid(weights="b"))
         for weights in ("a", None):
             assert len(run(url, tmp_path, request_grid(weights=weights))) == 60
-    assert doubt(request_grid(weights="a"), tmp_path) is None
-    assert "is not known" in (doubt(request_grid(), tmp_path) or "")
+    assert unknown_weights_warning(request_grid(weights="a"), tmp_path) is None
+    assert "is not known" in (unknown_weights_warning(request_grid(), tmp_path) or "")
 
 
 def test_a_server_without_the_plug_in_is_detected(tmp_path):

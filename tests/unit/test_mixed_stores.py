@@ -33,7 +33,7 @@ from dftserve.targets.sparse import Targets
 from dftserve.targets.store import MANIFEST, TargetStore
 from dftserve.train import config as configs
 from dftserve.train.config import DivergenceConfig, StoreConfig, TrainConfig
-from dftserve.train.data import Collator, Rows, joined, one_a_row, packed, pieces
+from dftserve.train.data import Collator, Rows, cut_documents, merge_targets, one_per_row, pack
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
 from dftserve.train.finish import profile
 from dftserve.train.material import read, steps_of
@@ -225,7 +225,7 @@ def test_every_row_has_a_trained_token_and_no_trained_token_is_left_out(tmp_path
     assert trained == rows.trained
     whole = Rows(opened, split, longest=128, packing=packing, seed=0)
     assert sum(trained) == sum(whole.trained) == sum(opened.trained(split))
-    assert len(rows) < len(pieces(opened.lengths(split), 32))
+    assert len(rows) < len(cut_documents(opened.lengths(split), 32))
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -233,8 +233,8 @@ def test_if_all_rows_have_trained_tokens_none_is_left_out_or_moved(folder, packi
     for split in ("train", "heldout"):
         opened = TargetStore(folder / "stories")
         rows = Rows(opened, split, longest=32, packing=packing, seed=5)
-        parts = pieces(opened.lengths(split), 32)
-        assert rows.rows == (packed(parts, 32, 5) if packing else one_a_row(parts, 5))
+        parts = cut_documents(opened.lengths(split), 32)
+        assert rows.rows == (pack(parts, 32, 5) if packing else one_per_row(parts, 5))
 
 
 @pytest.mark.parametrize("mixes", [True, False])
@@ -306,15 +306,15 @@ def test_targets_of_different_widths_have_the_same_losses_together_as_alone(dive
         return loss_R, gradient_RV
 
     alone = [losses(logits_RV[8 * i : 8 * i + 8], part) for i, part in enumerate(parts)]
-    together = losses(logits_RV, joined(parts))
+    together = losses(logits_RV, merge_targets(parts))
     for joint, each in zip(together, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(joint, torch.cat(each))
 
 
 def test_targets_of_one_width_are_joined_unchanged():
     parts = [targets(4, k=3, draws=2, vocabulary=9, seed=seed) for seed in (0, 1)]
-    for name, value in asdict(joined(parts)).items():
-        assert np.array_equal(value, asdict(Targets.joined(parts))[name])
+    for name, value in asdict(merge_targets(parts)).items():
+        assert np.array_equal(value, asdict(Targets.concatenate(parts))[name])
 
 
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────

@@ -29,7 +29,7 @@ from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
 from dftserve.train import run_folder
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
-from dftserve.train.data import Collator, Rows, packed, pieces
+from dftserve.train.data import Collator, Rows, cut_documents, pack
 from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
 from dftserve.train.material import read, steps_of, steps_of_epoch, warmup_of
 from dftserve.train.model import TARGET_NAMES, attach, enable_checkpointing
@@ -65,7 +65,7 @@ def run(base, store, tmp_path) -> TrainConfig:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(2, 90), min_size=1, max_size=60), st.integers(2, 40), st.integers(0, 9))
 def test_packing_keeps_every_prediction_once_and_no_row_is_too_long(lengths, longest, seed):
-    rows = packed(pieces(lengths, longest), longest, seed)
+    rows = pack(cut_documents(lengths, longest), longest, seed)
     predicted = [
         (piece.document, position)
         for row in rows

@@ -333,14 +333,14 @@ def refusals_of_two_processes(
     """The refusal that each of two processes gets; threads stand in for the processes."""
     local, barrier, values = threading.local(), threading.Barrier(2, timeout=120), [None, None]
 
-    def gathered(value):
+    def gather(value):
         values[local.rank] = json.loads(json.dumps(value))
         barrier.wait()
         copied = list(values)
         barrier.wait()
         return copied
 
-    monkeypatch.setattr(processes, "gathered", gathered)
+    monkeypatch.setattr(processes, "gather", gather)
     monkeypatch.setattr(processes, "rank", lambda: local.rank)
     monkeypatch.setattr(processes, "count", lambda: 2)
     refusals = ["", ""]

@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.metrics.intervals import Estimate, over_units, summed
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, sum_by_group
 from dftserve.evaluate.metrics.overlap import PATTERN, ngram_overlap
 from dftserve.evaluate.metrics.sds import LEAST_OVERLAP
 from dftserve.evaluate.text.tokenize import normalise, tokens
@@ -214,7 +214,7 @@ def error_rate(
     texts: Sequence[str], meanings: Sequence[Mapping[str, str]], groups: Sequence[str] = ()
 ) -> Estimate:
     """The slot error rate: errors of all texts / slots of all their meanings. The interval
-    resamples texts, or groups (`intervals.summed`).
+    resamples texts, or groups (`intervals.sum_by_group`).
 
     Raises:
         ValueError: no texts, or not as many meanings or groups as texts.
@@ -227,7 +227,7 @@ def error_rate(
         slots, *wrong = weights_T @ counts_T4
         return sum(wrong) / slots
 
-    return over_units(summed(counts_T4, groups), rate)
+    return over_units(sum_by_group(counts_T4, groups), rate)
 
 
 def wording(

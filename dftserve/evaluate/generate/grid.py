@@ -237,7 +237,7 @@ def read_asked(folder: Path) -> dict[str, Any] | None:
 def check_asked(request_grid: RequestGrid, folder: Path) -> dict[str, Any] | None:
     """As `read_asked`, but check that the folder's answers belong to these requests.
 
-    Weights that are unknown, then or now, match any others; `doubt` warns of this.
+    Weights that are unknown, then or now, match any others (see `unknown_weights_warning`).
 
     Raises:
         ValueError: they belong to other requests or to another model.
@@ -268,7 +268,7 @@ def check_asked(request_grid: RequestGrid, folder: Path) -> dict[str, Any] | Non
     return before
 
 
-def doubt(request_grid: RequestGrid, folder: Path) -> str | None:
+def unknown_weights_warning(request_grid: RequestGrid, folder: Path) -> str | None:
     """A warning if it is unknown whether a folder's answers come from the current weights; None if
     it is known, or there are no answers."""
     before = read_asked(folder)

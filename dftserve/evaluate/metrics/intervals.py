@@ -16,7 +16,7 @@ DRAWS = 2000
 LEVEL = 0.95
 """Confidence level of every interval."""
 PARTS_DIGITS = 16
-"""Hexadecimal digits of `parts_of`."""
+"""Hexadecimal digits of `parts_digest`."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Estimate:
     low: float | None
     high: float | None
     left_out: tuple[float, ...] = field(default=(), repr=False)
-    """The value without each tenth of the texts (`as_equal`), if the interval was computed from
-    these."""
+    """The value without each part of the texts (`as_if_equal_parts`), if the interval was computed
+    from these."""
     parts: str = field(default="", repr=False)
-    """`parts_of` the texts behind `left_out`, by which pairs are recognised; "": the caller ensures
-    that estimates are paired."""
+    """`parts_digest` of the texts behind `left_out`, by which pairs are recognised; "": the caller
+    ensures that estimates are paired."""
 
     def render(self, digits: int = 2) -> str:
         if self.low is None or self.high is None:
@@ -40,13 +40,13 @@ class Estimate:
 
 
 def mean(values_N: ArrayLike, *, groups: Sequence[str] = ()) -> Estimate:
-    """The mean and its bootstrap interval (`estimate`) over N units, or their groups (`summed`).
+    """The mean and its bootstrap interval (`estimate`) over N units or groups (`sum_by_group`).
 
     Raises:
         ValueError: no values, or not one group per value.
     """
     values_N = np.asarray(values_N, float)
-    sums_G2 = summed(np.column_stack([values_N, np.ones_like(values_N)]), groups)
+    sums_G2 = sum_by_group(np.column_stack([values_N, np.ones_like(values_N)]), groups)
 
     def ratio(weights_G: NDArray, sums_G2: NDArray) -> float:
         total, count = weights_G @ sums_G2
@@ -55,7 +55,7 @@ def mean(values_N: ArrayLike, *, groups: Sequence[str] = ()) -> Estimate:
     return over_units(sums_G2, ratio)
 
 
-def summed(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
+def sum_by_group(rows_NC: NDArray, groups: Sequence[str]) -> NDArray:
     """Sum the rows of each group. A bootstrap resamples the sums, because the answers to one prompt
     are not independent.
 
@@ -164,11 +164,11 @@ resample of such counts has another mean than 0."""
 
 
 def mean_share(values_N: ArrayLike) -> Estimate:
-    """The `mean` of N shares (`or_wilson`)."""
-    return or_wilson(mean(values_N), np.size(values_N))
+    """The `mean` of N shares (`wilson_if_constant`)."""
+    return wilson_if_constant(mean(values_N), np.size(values_N))
 
 
-def or_wilson(found: Estimate, units: int) -> Estimate:
+def wilson_if_constant(found: Estimate, units: int) -> Estimate:
     """The mean of the shares of some units; if all are 0 or all are 1, with Wilson's interval, in
     which each unit counts once: no resample differs from the mean, whose interval has no width."""
     if found.value in (0, 1) and units > 1:
@@ -195,26 +195,26 @@ PARTS = 10
 def jackknife(
     count: int, statistic: Callable[[NDArray[np.intp]], float], *, groups: Sequence[str] = ()
 ) -> Estimate:
-    """`statistic(indices)` of all N texts, and its interval by leaving out a tenth at a time
+    """`statistic(indices)` of all N texts, and its interval by leaving out a part at a time
     (Tukey 1958), with Student's quantiles.
 
     For statistics of a whole set: a bootstrap resample would contain a text twice, which measures
     of repetition count as repetition. `statistic` must depend on no text that is left out.
 
     Args:
-        groups: as in `tenths`.
+        groups: as in `part_numbers`.
 
     Raises:
         ValueError: fewer than two texts, or not one group per text.
     """
-    part_N = tenths(count, groups)
+    part_N = part_numbers(count, groups)
     value = float(statistic(np.arange(count)))
     sizes_P = np.bincount(part_N)
     left_out_P = [statistic(np.flatnonzero(part_N != part)) for part in range(len(sizes_P))]
-    return from_left_out(value, as_equal(value, np.array(left_out_P, float), sizes_P))
+    return from_left_out(value, as_if_equal_parts(value, np.array(left_out_P, float), sizes_P))
 
 
-def as_equal(value: float, left_out_P: NDArray, sizes_P: NDArray) -> list[float]:
+def as_if_equal_parts(value: float, left_out_P: NDArray, sizes_P: NDArray) -> list[float]:
     """The value without each part as if the parts were equally large, so that the pseudo-values are
     those of a jackknife with unequal parts (Busing, Meijer and van der Leeden 1999, Statistics and
     Computing 9). Otherwise a statistic that depends on the number of texts, as the share of
@@ -224,12 +224,12 @@ def as_equal(value: float, left_out_P: NDArray, sizes_P: NDArray) -> list[float]
     return (value + times_P * (left_out_P - value)).tolist()
 
 
-def tenths(count: int, groups: Sequence[str] = ()) -> NDArray[np.intp]:
-    """The tenth that each of N texts is in, from 0; with fewer than ten, each is its own part.
+def part_numbers(count: int, groups: Sequence[str] = ()) -> NDArray[np.intp]:
+    """The part, of `PARTS`, that each of N texts is in, from 0; fewer texts have a part each.
 
     Args:
         groups: the group of each text, such as the prompt that it answers. Its texts, which are not
-            independent, are in one tenth, and with fewer than ten groups each group is a part. A
+            independent, are in one part, and with fewer than ten groups each group is a part. A
             text with the group "" is a group of its own; so is every text if no groups are given,
             or there is only one, or one has all texts but one.
     """
@@ -244,21 +244,21 @@ def tenths(count: int, groups: Sequence[str] = ()) -> NDArray[np.intp]:
     return group_N * min(PARTS, several) // several
 
 
-def parts_of(prompts: Sequence[str]) -> str:
-    """A digest of the tenth and the prompt of each text of a set. The jackknife leaves out the
+def parts_digest(prompts: Sequence[str]) -> str:
+    """A digest of the part and the prompt of each text of a set. The jackknife leaves out the
     answers to the same prompts in all sets with the same digest."""
-    part_N = tenths(len(prompts), prompts).tolist()
+    part_N = part_numbers(len(prompts), prompts).tolist()
     return text_digest(json.dumps(list(zip(part_N, prompts, strict=True))))[:PARTS_DIGITS]
 
 
 def from_left_out(value: float, left_out: Sequence[float]) -> Estimate:
-    """The interval from the value without each tenth."""
+    """The interval from the value without each part."""
     reach = float(stats.t.ppf((1 + LEVEL) / 2, len(left_out) - 1) * standard_error(left_out))
     return Estimate(value, value - reach, value + reach, tuple(left_out))
 
 
 def standard_error(left_out: Sequence[float]) -> float:
-    """The standard error of a value, from the value without each tenth (Tukey 1958)."""
+    """The standard error of a value, from the value without each part (Tukey 1958)."""
     return float(np.sqrt((len(left_out) - 1) * np.var(left_out)))
 
 

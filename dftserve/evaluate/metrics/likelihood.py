@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dftserve.evaluate.metrics.intervals import Estimate, over_units, summed
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, sum_by_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Surprisal:
 
 def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
     """Σ −log₂ p(token) / Σ bytes of UTF-8, over texts, from the result of `token_nats`. The
-    interval resamples texts, or groups of them (`intervals.summed`) if there are groups.
+    interval resamples texts, or groups of them (`intervals.sum_by_group`) if there are groups.
 
     Comparable between models with different tokenizers, since the bytes are the same.
     """
@@ -130,7 +130,7 @@ def token_nats(
 def _sorted_units(rows: Sequence[tuple[float, ...]], groups: Sequence[str]) -> NDArray:
     """Sum the rows of each group and sort the sums, so that the draws of a bootstrap do not depend
     on the order of the texts."""
-    return np.array(sorted(summed(np.array(rows, float), groups).tolist()), float)
+    return np.array(sorted(sum_by_group(np.array(rows, float), groups).tolist()), float)
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerBase", text: str, index: int) -> NDArray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dftserve.bounded_files import parse_json, read_text
 from dftserve.digest import text_digest
-from dftserve.evaluate.metrics.intervals import NONE_SEEN, Estimate, over_units, summed
+from dftserve.evaluate.metrics.intervals import NONE_SEEN, Estimate, over_units, sum_by_group
 from dftserve.evaluate.text.tokenize import ngrams, normalise, tokens, words
 
 OURS = Path(__file__).parents[1] / "text" / "phrases.txt"
@@ -125,7 +125,7 @@ def read_lines(path: Path = OURS) -> list[str]:
 
 def rate(texts: Sequence[str], phrases: Phrases, groups: Sequence[str] = ()) -> Estimate:
     """Phrases found per 1,000 words of all texts; resampled by text, or by group
-    (`intervals.summed`). If none is found, the interval is that of a Poisson count of 0.
+    (`intervals.sum_by_group`). If none is found, the interval is that of a Poisson count of 0.
 
     Raises:
         ValueError: no words at all, or not one group per text.
@@ -214,7 +214,7 @@ def _per_words(texts: Sequence[str], found: Sequence[int], groups: Sequence[str]
     counted, words_here = units_T2.sum(axis=0)
     if not counted and len(units_T2) > 1:
         return Estimate(0.0, 0.0, PER * NONE_SEEN / words_here)
-    return over_units(summed(units_T2, groups), _ratio)
+    return over_units(sum_by_group(units_T2, groups), _ratio)
 
 
 def _ratio(weights_T: np.ndarray, units_T2: np.ndarray) -> float:

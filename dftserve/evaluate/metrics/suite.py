@@ -16,13 +16,13 @@ from dftserve.evaluate.metrics import lexical, slop, two_sample
 from dftserve.evaluate.metrics.intervals import (
     PARTS,
     Estimate,
-    as_equal,
+    as_if_equal_parts,
     from_left_out,
     has_several,
     jackknife,
     mean,
-    parts_of,
-    tenths,
+    part_numbers,
+    parts_digest,
 )
 from dftserve.evaluate.metrics.stylometry import StyleSpace
 from dftserve.evaluate.text.embeddings import Embedder
@@ -183,7 +183,7 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
         found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
         found |= _classes(texts, cosine_TT)
-    parts = parts_of(texts.groups)
+    parts = parts_digest(texts.groups)
     return {
         name: _with_parts(_clipped(found[name], MEASURES[name]), parts)
         for name in MEASURES
@@ -217,7 +217,7 @@ def _distances(
     squared = jackknife(
         len(x_TF), lambda at: two_sample.mmd2(x_TF[at], human_TF, sigma), groups=sides[0]
     )
-    found = {f"mmd_{space}": two_sample.rooted(squared)}
+    found = {f"mmd_{space}": two_sample.mmd_from_squared(squared)}
     if all(map(has_several, sides)):
         test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=groups)
         found[f"mmd_{space}_p"] = Estimate(test.p, None, None)
@@ -228,8 +228,8 @@ def _distances(
 def _frequencies(
     texts: Windows, tokens_T: Sequence[Sequence[str]], human_T: Sequence[Sequence[str]]
 ) -> dict[str, Estimate]:
-    tenth_T = tenths(len(texts), texts.groups)
-    parts_T = np.concatenate((tenth_T, np.full(len(human_T), PARTS)))
+    part_T = part_numbers(len(texts), texts.groups)
+    parts_T = np.concatenate((part_T, np.full(len(human_T), PARTS)))
     counts_KV = lexical.gram_counts([*tokens_T, *human_T], 1, parts_T)
     own_KV, human_V = counts_KV[:-1], counts_KV[-1]
 
@@ -240,11 +240,11 @@ def _frequencies(
 
 
 def _wording(texts: Windows, tokens_T: Sequence[Sequence[str]]) -> dict[str, Estimate]:
-    tenth_T = tenths(len(texts), texts.groups)
-    words_KV = lexical.gram_counts([words(text) for text in texts.texts], 1, tenth_T)
+    part_T = part_numbers(len(texts), texts.groups)
+    words_KV = lexical.gram_counts([words(text) for text in texts.texts], 1, part_T)
     return {
         "distinct_1": _without_each(words_KV, lexical.distinct),
-        "distinct_3": _without_each(lexical.gram_counts(tokens_T, 3, tenth_T), lexical.distinct),
+        "distinct_3": _without_each(lexical.gram_counts(tokens_T, 3, part_T), lexical.distinct),
         "self_bleu": _of_set(texts, lambda at: lexical.self_bleu(_pick(tokens_T, at))),
         "compression": _of_set(texts, lambda at: lexical.compression_ratio(_pick(texts.texts, at))),
         "self_repetition": _of_set(texts, lambda at: lexical.self_repetition(_pick(tokens_T, at))),
@@ -258,7 +258,7 @@ def _without_each(counts_KG: NDArray, statistic: Callable[[NDArray], float]) -> 
     total_G = counts_KG.sum(axis=0)
     value = statistic(total_G)
     left_out_K = np.array([statistic(total_G - part_G) for part_G in counts_KG])
-    return from_left_out(value, as_equal(value, left_out_K, counts_KG.sum(axis=1)))
+    return from_left_out(value, as_if_equal_parts(value, left_out_K, counts_KG.sum(axis=1)))
 
 
 def _pick(items: Sequence[T], at: NDArray[np.intp]) -> list[T]:

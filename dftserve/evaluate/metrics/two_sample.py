@@ -66,7 +66,7 @@ def mmd2(x_MF: ArrayLike, y_NF: ArrayLike, sigma: float) -> float:
     return float(_mmd2(K_LL, member_L[None])[0])
 
 
-def rooted(squared: Estimate) -> Estimate:
+def mmd_from_squared(squared: Estimate) -> Estimate:
     """√max(0, mmd2) with its interval, from those of `mmd2`. An interval of the roots themselves
     would be [0, 0] if all are of numbers below 0, as between two sets from one source."""
     value, low, high = (
@@ -147,7 +147,7 @@ def c2st(
     if folds < 2:
         raise ValueError(f"folds: got {folds}; accepted: at least 2.")
     x_MF, y_NF = _features(x_MF, "x", folds), _features(y_NF, "y", folds)
-    all_LF, is_y_L = _joined(x_MF, y_NF)
+    all_LF, is_y_L = _stack(x_MF, y_NF)
     aucs = []
     for fitted_L, tested_L in _folds(is_y_L, groups, folds, seed):
         sides = len(set(is_y_L[fitted_L])), len(set(is_y_L[tested_L]))
@@ -217,7 +217,7 @@ def _kernel(
     """The kernel of all rows with a zero diagonal, and for each row 1 if it is of x, else 0."""
     if not (np.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma: got {sigma}; accepted: above 0.")
-    all_LF, is_y_L = _joined(_features(x_MF, "x", 2), _features(y_NF, "y", 2))
+    all_LF, is_y_L = _stack(_features(x_MF, "x", 2), _features(y_NF, "y", 2))
     squared = distance.pdist(all_LF, "sqeuclidean")
     return distance.squareform(np.exp(-squared / (2 * sigma**2))), 1 - is_y_L
 
@@ -289,7 +289,7 @@ def _features(x_MF: ArrayLike, name: str, least: int) -> NDArray[np.float64]:
     return x_MF
 
 
-def _joined(
+def _stack(
     x_MF: NDArray[np.float64], y_NF: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """All rows, and for each 1 if it is of y, else 0."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dftserve.bounded_files import read_text
 from dftserve.evaluate.generate.answers import AnswerStore
-from dftserve.evaluate.metrics.intervals import Estimate, or_wilson, over_units, wilson
+from dftserve.evaluate.metrics.intervals import Estimate, over_units, wilson, wilson_if_constant
 from dftserve.evaluate.preference.pairs import Pair
 from dftserve.openai_client import Server, ask_all
 
@@ -244,8 +244,8 @@ def _points(first: str, second: str) -> float:
 
 
 def _mean_percent(scored: Sequence[tuple[str, float, bool]]) -> Estimate:
-    """The mean over pairs; its interval resamples prompts with all of their pairs (`or_wilson` if
-    one side won all)."""
+    """The mean over pairs; its interval resamples prompts with all of their pairs, or is Wilson's
+    if one side won all."""
     order = {prompt: index for index, prompt in enumerate(sorted({each[0] for each in scored}))}
     units_P2 = np.zeros((len(order), 2))
     for prompt, point, _ in scored:
@@ -255,7 +255,7 @@ def _mean_percent(scored: Sequence[tuple[str, float, bool]]) -> Estimate:
         total, count = weights_P @ units_P2
         return float(total / count)
 
-    return _percent(or_wilson(over_units(units_P2, mean), len(order)))
+    return _percent(wilson_if_constant(over_units(units_P2, mean), len(order)))
 
 
 def _percent(share: Estimate) -> Estimate:
