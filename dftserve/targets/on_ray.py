@@ -12,7 +12,7 @@ import os
 import socket
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from typing import Any
 
 from dftserve import atomic
 from dftserve.targets import store
-from dftserve.targets.document import Document
-from dftserve.targets.source import Source
+from dftserve.targets.source import Documents, MakeSource, Source
 from dftserve.targets.store import Part, Plan
 
 WAIT_SECONDS = 15.0
@@ -34,8 +33,6 @@ STARTING = "a start"
 CREATION = "raised in its creation task"
 """In Ray's message if the worker's class cannot be loaded in a worker process."""
 
-Documents = Mapping[str, Sequence[Document]]
-MakeSource = Callable[[Documents], Source]
 Say = Callable[[str], None]
 
 

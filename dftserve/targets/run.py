@@ -6,17 +6,10 @@ The store depends only on the job and the files that it names. Running the same 
 where it was stopped, and several processes write the same shards as a single one.
 """
 
-import multiprocessing
-import os
-import queue
 import re
-import signal
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,19 +18,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dftserve import atomic, pretrained
-from dftserve.corpus.filters import Filters
-from dftserve.corpus.prepare import Corpus, Report, prepare
-from dftserve.corpus.records import opening
+from dftserve.corpus.prepare import Corpus, prepare
 from dftserve.corpus.sources import read_all
 from dftserve.corpus.text import Text
 from dftserve.fingerprints import template_fingerprint, tokenizer_fingerprint
 from dftserve.model_folder import CONFIG
-from dftserve.targets import calibrated, report, store
+from dftserve.targets import calibrated, on_processes, report, signals, store
 from dftserve.targets import recipe as recipes
-from dftserve.targets.chat_template import ChatTemplate, TemplateError, stop_clock, tells_time
-from dftserve.targets.conversation import Encoded, UnfitError
-from dftserve.targets.document import Document, load_tokenizer, spans
-from dftserve.targets.encoding import encode
+from dftserve.targets.chat_template import stop_clock, tells_time
+from dftserve.targets.document import Document, load_tokenizer
+from dftserve.targets.encode_corpus import corpus_text, encode_corpus
 from dftserve.targets.estimate import Estimate, estimate_of
 from dftserve.targets.progress import Progress
 from dftserve.targets.recipe import Recipe
@@ -47,12 +37,8 @@ from dftserve.targets.students import CrossFitted
 
 LOCAL, RAY = "local", "ray"
 """Engines."""
-FAR_FACTOR = 2.0
-"""Factor by which the held-out share may differ from the requested one without a warning."""
 WRITTEN_AT = "written_at"
 """Key in a plan's corpus: the date and time used by the chat template, if it writes one."""
-CHECK_SECONDS = 0.5
-"""Interval at which the processes of a build are checked for crashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +108,7 @@ def build(job: Job, say: Say = print) -> Manifest:
     store.refuse_locked(job.out)
     prepared = _prepared(job, say)
     try:
-        with store.locked(job.out), _unwinding_on_sigterm():
+        with store.locked(job.out), signals.unwinding_on_sigterm():
             store.begin(job.out, prepared.plan)
             if (job.out / store.MANIFEST).exists():
                 TargetStore(job.out).verify()
@@ -232,7 +218,7 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
         seed=job.seed,
         counts_answers=recipes.counts_answers(recipe),
     )
-    documents, found = encode_all(
+    documents, found = encode_corpus(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )
     say(corpus_text(found))
@@ -367,172 +353,11 @@ def _check_under_principles(
             check_lengths(teacher.positions, tokenizer, principles, documents[split])
 
 
-# ── Documents ────────────────────────────────────────────────────────────────────────────────────
-
-
-def encode_all(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    filters: Filters,
-    *,
-    max_tokens: int | None,
-    skip_bad: bool = False,
-) -> tuple[dict[str, list[Document]], dict[str, Any]]:
-    """Tokenise a corpus; returns the documents by split, and a report in JSON types.
-
-    Raises:
-        ValueError: a conversation that the tokenizer's template refuses, unless `skip_bad`; the
-            message names it. Or nothing is left to train on, or of what is held out.
-    """
-    templates = _templates(corpus, tokenizer)
-    kept: set[str] = set()
-    lost: set[str] = set()
-    documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for split in SPLITS:
-        for text in getattr(corpus, split):
-            encoded = _encoded(corpus.report, tokenizer, text, filters, skip_bad=skip_bad)
-            if encoded is None:
-                lost.add(_whole(text))
-                continue
-            reason = _unfit(encoded.document, text, max_tokens)
-            if reason is not None:
-                corpus.report.drop(reason, text.origin)
-                lost.add(_whole(text))
-                continue
-            for note in dict.fromkeys(encoded.notes):
-                corpus.report.note(note, text.origin)
-            grouped = replace(encoded.document, group=text.family or opening(text) or _whole(text))
-            documents[split] += windows(grouped, max_tokens)
-            kept.add(_whole(text))
-    for origin in lost - kept:
-        corpus.report.lose(origin)
-    found = corpus.report.as_dict() | templates
-    found["documents"] = {split: len(documents[split]) for split in SPLITS}
-    found["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
-    found["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
-    if not documents["train"]:
-        raise ValueError(f"nothing is left to train on:\n{corpus_text(found)}")
-    if corpus.heldout and not documents["heldout"]:
-        raise ValueError(
-            "nothing is left of what is held out; hold out other texts (--heldout-from), more of "
-            f"them or by another --seed, or none (--heldout 0):\n{corpus_text(found)}"
-        )
-    return documents, found
-
-
-def _whole(text: Text) -> str:
-    """The origin of the text that a piece was cut from; unchanged for a whole text."""
-    return _PIECE.sub("", text.origin)
-
-
-_PIECE = re.compile(r"#\d+$")
-
-
-def _encoded(
-    report: Report,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    filters: Filters,
-    *,
-    skip_bad: bool,
-) -> Encoded | None:
-    """None if the text is left out, which is recorded in the report."""
-    try:
-        return encode(
-            tokenizer,
-            text,
-            spelled=filters.special_tokens,  # type: ignore[arg-type]
-            answers=filters.answers,  # type: ignore[arg-type]
-        )
-    except UnfitError as error:
-        report.drop(f"{error}", text.origin)
-    except TemplateError as error:
-        if not skip_bad:
-            raise ValueError(f"{text.origin}: {error} (--skip-bad leaves it out)") from None
-        report.drop(f"{error}", text.origin)
-    return None
-
-
-def _templates(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The chat templates that render the conversations, in JSON types; empty without conversations.
-
-    Raises:
-        ValueError: no template, or one that is not valid jinja; names the first conversation.
-    """
-    found: dict[str, str] = {}
-    for text in (*corpus.train, *corpus.heldout):
-        if text.messages is None or (len(found) and not text.tools):
-            continue
-        try:
-            template = ChatTemplate.of(tokenizer, tools=bool(text.tools))
-        except TemplateError as error:
-            raise ValueError(f"{text.origin}: {error}") from None
-        found[template.title] = (
-            "learns what it marks" if template.marks else "learns the answers, has no marks"
-        )
-        if len(found) > 1 or not isinstance(tokenizer.chat_template, dict):
-            break
-    return {"templates": found} if found else {}
-
-
-def windows(document: Document, size: int | None) -> Iterator[Document]:
-    """The document, split into windows if it is longer than `size` tokens."""
-    count = len(document.tokens_N)
-    if size is None or count <= size:
-        yield document
-        return
-    for start, stop in spans(count, size):
-        yield document.window(start, stop)
-
-
-def _unfit(document: Document, text: Text, max_tokens: int | None) -> str | None:
-    if not document.trained_N.any():
-        return "nothing to train on"
-    if text.messages is not None and max_tokens and len(document.tokens_N) > max_tokens:
-        return "longer than max_tokens"
-    return None
-
-
 def _has_conversations(corpus: Corpus) -> bool:
     return any(text.messages is not None for text in (*corpus.train, *corpus.heldout))
 
 
-def corpus_text(found: Mapping[str, Any]) -> str:
-    """The report of a corpus, for a terminal."""
-    counts = ", ".join(f"{found[what]:,} {what}" for what in ("kept", "stripped", "joined"))
-    lines = [f"{found['read']:,} texts read, {counts}."]
-    for kind in ("dropped", "noted"):
-        for reason, counted in found[kind].items():
-            some = ", ".join(counted["examples"])
-            more = ", …" if counted["count"] > len(counted["examples"]) else ""
-            lines.append(f"  {kind}, {reason}: {counted['count']:,} ({some}{more})")
-    lines += (f"  {title}: {what}" for title, what in found.get("templates", {}).items())
-    if found["kept"] != (count := sum(found["documents"].values())):
-        lines.append(f"  {found['kept']:,} texts in {count:,} documents: longer ones are cut")
-    for split in SPLITS:
-        documents, tokens, trained = (
-            found[what][split] for what in ("documents", "tokens", "trained")
-        )
-        lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} trained")
-    if languages := found["languages"]:
-        counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
-        lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
-    if found["compared"] < 1:
-        lines.append(
-            "  copies in part: long texts were compared by "
-            f"{found['compared']:.2%} of their 5-grams"
-        )
-    asked, share = found["heldout_asked"], found["heldout_share"]
-    lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
-    if asked and not asked / FAR_FACTOR <= share <= asked * FAR_FACTOR:
-        lines.append(
-            "  warning: that is far from what was asked: texts are few, or of very different "
-            "lengths; give more of them, or another --heldout or --seed"
-        )
-    return "\n".join(lines)
-
-
-# ── Processes ────────────────────────────────────────────────────────────────────────────────────
+# ── Sources and shards ───────────────────────────────────────────────────────────────────────────
 
 
 def _source(
@@ -569,6 +394,7 @@ def _work(job: Job, prepared: _Prepared, say: Say) -> None:
 def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
     """Build the missing shards; yields the number of tokens of each finished batch or shard."""
     recipe, plan, documents = prepared.recipe, prepared.plan, prepared.documents
+    make = partial(_rebuilt_source, job, recipe, plan)
     if job.engine != LOCAL:
         from dftserve.targets import on_ray
 
@@ -577,11 +403,10 @@ def _built(job: Job, prepared: _Prepared, say: Say) -> Iterator[int]:
             workers=job.processes,
             loads_models=any(recipes.teacher_models(recipe)),
         )
-        make = partial(_rebuilt_source, job, recipe, plan)
         return on_ray.build(job.out, plan, documents, make, cluster, say)
     if job.processes in (None, 1):
         return store.build(job.out, plan, prepared.source, documents)
-    return _in_processes(job, recipe, plan, documents, job.processes)
+    return on_processes.build(job.out, plan, documents, make, job.processes)
 
 
 def _rebuilt_source(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) -> Source:
@@ -593,150 +418,3 @@ def _rebuilt_source(job: Job, recipe: Recipe, plan: Plan, documents: Mapping) ->
 
 def _silent(line: str) -> None:
     """A `say` that prints nothing."""
-
-
-def _in_processes(
-    job: Job, recipe: Recipe, plan: Plan, documents: Mapping, processes: int
-) -> Iterator[int]:
-    """The same build by several processes; each loads the source and writes its own shards."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(
-            target=_worker, args=(job, recipe, plan, documents, (rank, processes), results)
-        )
-        for rank in range(processes)
-    ]
-    try:
-        _start(workers)
-        yield from _finished_tokens(results, workers)
-    except BaseException:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-        raise
-    finally:
-        # Workers that have built all are left to end by themselves.
-        for worker in workers:
-            if worker.pid is not None:
-                worker.join()
-
-
-def _start(workers: Sequence[Any]) -> None:
-    """Start workers that SIGINT does not reach: a terminal sends it to all processes, and the
-    parent ends the workers."""
-    with _signals_deferred():
-        # The workers inherit the mask. In the parent, another thread may receive the signal.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for worker in workers:
-                worker.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """SIGINT and SIGTERM take effect at the end: a worker whose start they interrupt would get
-    half of its arguments and print a traceback. Python allows this in the main thread only, which
-    is also the only one that they interrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        signal.raise_signal(received[0])
-
-
-def _finished_tokens(results: Any, workers: Sequence[Any]) -> Iterator[int]:
-    """The number of tokens of each batch of all workers, until each has sent None."""
-    ended = 0
-    while ended < len(workers):
-        try:
-            result = results.get(timeout=CHECK_SECONDS)
-        except queue.Empty:
-            dead = [worker.exitcode for worker in workers if worker.exitcode]
-            if dead:
-                raise RuntimeError(
-                    f"a process of the build ended with exit code {dead[0]}; run it again, with "
-                    "fewer processes if memory ran out."
-                ) from None
-            continue
-        if isinstance(result, Exception):
-            raise result
-        if result is None:
-            ended += 1
-        else:
-            yield result
-
-
-@contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
-    """Meanwhile SIGTERM raises SystemExit, so that the processes of a build are ended and no
-    partial file is left. Python allows this in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _exit_once)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit_once(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # A second signal would interrupt the unwinding.
-    sys.exit(128 + number)
-
-
-def _end_with_parent(results: Any) -> None:
-    """End this process, as by SIGTERM, once its parent has died without ending it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        results.cancel_join_thread()  # Nobody reads them any more.
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _take_device(rank: int) -> None:
-    """Distribute the available GPUs over the processes: "cuda" is a different one for each."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-
-
-def _worker(
-    job: Job,
-    recipe: Recipe,
-    plan: Plan,
-    documents: Mapping,
-    rank_and_world: tuple[int, int],
-    results: Any,
-) -> None:
-    rank, world = rank_and_world
-    signal.signal(signal.SIGTERM, _exit_once)
-    threading.Thread(target=_end_with_parent, args=(results,), daemon=True).start()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _take_device(rank)
-    try:
-        source = _rebuilt_source(job, recipe, plan, documents)
-        built = store.build(job.out, plan, source, documents, rank=rank, world=world)
-        for tokens in built:
-            results.put(tokens)
-        results.put(None)
-    except (ValueError, OSError, RuntimeError) as error:
-        # Send a new exception, since some cannot be pickled.
-        kind = next(k for k in (ValueError, OSError, RuntimeError) if isinstance(error, k))
-        sent = kind(str(error))
-        sent.add_note(traceback.format_exc())  # Notes are pickled; tracebacks are not.
-        results.put(sent)

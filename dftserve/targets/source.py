@@ -38,6 +38,12 @@ class Source(ABC):
         """The targets of each document's trained positions; each document has its own seed."""
 
 
+Documents = Mapping[str, Sequence[Document]]
+"""The documents of a build, by split."""
+MakeSource = Callable[[Documents], Source]
+"""Makes a build's source in another process."""
+
+
 class Rows(Protocol):
     """The dense targets of one document."""
 

@@ -27,12 +27,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dftserve.cli import main
 from dftserve.corpus.prepare import GIVEN_AGAIN
-from dftserve.targets import progress, report, run, store
+from dftserve.targets import on_processes, progress, report, run, signals, store
 from dftserve.targets import recipe as recipes
 from dftserve.targets.document import Document
+from dftserve.targets.encode_corpus import windows
 from dftserve.targets.estimate import estimate_of
 from dftserve.targets.references import References
-from dftserve.targets.run import Job, read_documents, windows
+from dftserve.targets.run import Job, read_documents
 from dftserve.targets.store import TargetStore
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -439,7 +440,7 @@ def interruptible():
     """SIGINT and SIGTERM raise, also where pytest runs in a shell's background, which ignores
     SIGINT."""
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    terminate = signal.signal(signal.SIGTERM, run._exit_once)
+    terminate = signal.signal(signal.SIGTERM, signals.exit_once)
     yield
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, terminate)
@@ -459,7 +460,7 @@ def test_a_signal_while_the_processes_start_takes_effect_afterwards(monkeypatch,
     monkeypatch.setattr(_Worker, "start", lambda self: (os.kill(os.getpid(), number), start(self)))
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(raised):
-        run._start(workers)
+        on_processes._start(workers)
     is_over.set()
     assert all(worker.pid for worker in workers)
     assert signal.getsignal(signal.SIGINT) is before[0]
@@ -471,7 +472,7 @@ def test_a_signal_while_the_processes_start_takes_effect_afterwards(monkeypatch,
 def test_processes_can_be_started_by_another_thread():
     workers = [_Worker(queue.SimpleQueue()) for _ in range(2)]
     with ThreadPoolExecutor() as threads:
-        threads.submit(run._start, workers).result()
+        threads.submit(on_processes._start, workers).result()
     assert all(worker.pid for worker in workers)
 
 
@@ -481,9 +482,9 @@ def test_processes_that_have_built_all_end_by_themselves(monkeypatch):
     workers = [_Worker(results), _Worker(results)]
     made = iter(workers)
     context = SimpleNamespace(Queue=lambda: results, Process=lambda **_: next(made))
-    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(on_processes.multiprocessing, "get_context", lambda _: context)
     nothing = cast(Any, None)
-    assert list(run._in_processes(nothing, nothing, nothing, {}, 2)) == []
+    assert list(on_processes.build(nothing, nothing, {}, nothing, 2)) == []
     assert not any(worker.is_terminated for worker in workers)
 
 
@@ -617,7 +618,7 @@ def test_a_dead_worker_process_is_reported(tmp_path):
     worker = context.Process(target=os._exit, args=(9,))
     worker.start()
     with pytest.raises(RuntimeError, match="ended with exit code 9"):
-        list(run._finished_tokens(results, [worker]))
+        list(on_processes._finished_tokens(results, [worker]))
     worker.join()
 
 
@@ -676,5 +677,5 @@ def test_processes_are_spread_over_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for rank in range(3):
-        run._take_device(rank)
+        on_processes._take_device(rank)
     assert devices == [0, 1, 0]
