@@ -91,7 +91,8 @@ class Summary:
 
 
 def inspect(stored: Stored) -> Summary:
-    """
+    """The summary of a profile.
+
     Raises:
         ProfileError: the stored counts do not match the profile's phrases.
         ValueError: the stored fit is not what `dftserve style fit` writes.
@@ -100,21 +101,7 @@ def inspect(stored: Stored) -> Summary:
     try:
         with shaped_as(MANIFEST, "the counts that `dftserve style build` writes"):
             sides = {name: dict(counts[name]) for name in ("model", "human")}
-            counted = list(counts["phrases"])
-            if len(counted) != len(profile.phrases):
-                raise TypeError(f"{len(counted)} counts of {len(profile.phrases)} phrases")
-            rows = tuple(
-                Row(
-                    text=phrase.text,
-                    log_ratio=phrase.log_ratio,
-                    model=Rate.of(int(of["model_count"]), max(int(sides["model"]["words"]), 1)),
-                    human=Rate.of(int(of["human_count"]), max(int(sides["human"]["words"]), 1)),
-                    prompts=of["prompts"],
-                    p=of["p"],
-                    known=bool(of["known"]),
-                )
-                for phrase, of in zip(profile.phrases, counted, strict=True)
-            )
+            rows = _rows(profile, list(counts["phrases"]), sides)
             recall, habits = dict(counts["recall"]), dict(counts["habits"])
             sizes = {
                 "phrases": len(profile.phrases),
@@ -139,6 +126,29 @@ def inspect(stored: Stored) -> Summary:
         fit=read(counts, MANIFEST),
         settings=dict(stored.settings),
         versions=dict(stored.versions),
+    )
+
+
+def _rows(
+    profile: Profile,
+    counted: Sequence[Mapping[str, Any]],
+    sides: Mapping[str, Mapping[str, Any]],
+) -> tuple[Row, ...]:
+    """A row for each phrase; raises what reading counts of another form raises."""
+    if len(counted) != len(profile.phrases):
+        raise TypeError(f"{len(counted)} counts of {len(profile.phrases)} phrases")
+    words = {name: max(int(side["words"]), 1) for name, side in sides.items()}
+    return tuple(
+        Row(
+            text=phrase.text,
+            log_ratio=phrase.log_ratio,
+            model=Rate.of(int(of["model_count"]), words["model"]),
+            human=Rate.of(int(of["human_count"]), words["human"]),
+            prompts=of["prompts"],
+            p=of["p"],
+            known=bool(of["known"]),
+        )
+        for phrase, of in zip(profile.phrases, counted, strict=True)
     )
 
 
@@ -217,7 +227,8 @@ def as_html(summary: Summary) -> str:
 
 
 def fit_figures(profile: Profile, fitted: Fitted, rates: Sequence[Rate]) -> tuple[Figure, ...]:
-    """
+    """The plots of a fit: its rounds, and each phrase's rate without the style and with it.
+
     Args:
         rates: the rate of each phrase in the last round.
     """

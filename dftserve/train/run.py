@@ -102,7 +102,15 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     if stop.agreed is not None:
         processes.say(f"Stopped, and saved in {output}; {_how_to_resume()}")
         raise SystemExit(128 + stop.agreed)
-    metrics = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
+    return _write_final(trainer, config, prepared, output)
+
+
+def _write_final(
+    trainer: DFTTrainer, config: TrainConfig, prepared: Prepared, output: Path
+) -> Path:
+    """Evaluate the trained model, and write the final checkpoint in the first process."""
+    has_heldout = len(prepared.material.heldout) > 0
+    metrics = trainer.evaluate(metric_key_prefix="final") if has_heldout else {}
     metrics |= _untouched_metrics(trainer, metrics)
     whole = whole_model(trainer, config, prepared)
     if whole is not None:
