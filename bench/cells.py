@@ -5,7 +5,8 @@ from typing import Any
 
 
 def table(head: str, rows: Iterable[Iterable[str]], caption: str | None = None) -> str:
-    """
+    """A table in Markdown.
+
     Args:
         head: the first line, as in Markdown.
         rows: cells.
@@ -19,6 +20,7 @@ def table(head: str, rows: Iterable[Iterable[str]], caption: str | None = None) 
 
 
 def interval(found: Mapping[str, float | None], digits: int) -> str:
+    """A value with its interval, which begins at 0 or above."""
     value, low, high = found["value"], found["low"], found["high"]
     return f"{value:.{digits}f} [{max(low or 0.0, 0.0):.{digits}f}, {high:.{digits}f}]"
 
@@ -29,6 +31,7 @@ def change(found: Mapping[str, float], digits: int) -> str:
 
 
 def percent(found: Mapping[str, float]) -> str:
+    """A share with its interval, in per cent."""
     value, low, high = (100 * found[key] for key in ("value", "low", "high"))
     return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 

@@ -1,4 +1,4 @@
-"""The table of bench/gpu.py's result, with the required value of each value."""
+"""The table of bench/gpu.py's result: what was measured, and what was required of it."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ variants take turns on it, round by round:
     tenth     a tenth of the requests, at least one, with diversity .5: a mixed batch
     field     every request with diversity .5; here and above with statistics in the outputs
     naive     the same law on every row, in plain torch
-    peer      the law of qr-sampler on every row (`others.py` has both)
+    peer      the law of qr-sampler on every row (`entropy_laws.py` has both)
 Reported are tokens per second of all requests together, and milliseconds per token of one request,
 which is the time of a step. The last line is one JSON document. Absolute times depend on the
 machine; the ratios are the result. The minimum cost of a processor that changes a row is one read

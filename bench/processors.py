@@ -1,15 +1,17 @@
-"""The laws of `others.py` as processors of vLLM's V1 runner, applied to every row."""
+"""The laws of `entropy_laws.py` as processors of vLLM's V1 runner, applied to every row."""
 
 from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-import others
+import entropy_laws
 
 
 class Naive(LogitsProcessor):
-    law = staticmethod(others.naive)
+    """The naive law on every row; `is_on` switches it for one engine's turns."""
+
+    law = staticmethod(entropy_laws.naive)
     is_on = True
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None: ...
@@ -26,4 +28,6 @@ class Naive(LogitsProcessor):
 
 
 class Peer(Naive):
-    law = staticmethod(others.peer)
+    """The law of qr-sampler on every row."""
+
+    law = staticmethod(entropy_laws.peer)

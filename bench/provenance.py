@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def machine() -> dict[str, object]:
+    """The processor and the device of this machine, and how many threads torch uses."""
     import torch  # Imported late: a bench may have to set its number of threads first.
 
     cpuinfo = Path("/proc/cpuinfo")

@@ -17,5 +17,6 @@ def ratio(measured: list[float], base: list[float]) -> dict[str, Any]:
 
 
 def shown(found: dict[str, Any]) -> str:
+    """A ratio with its interval, as text."""
     low, high = found["interval"]
     return f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"

@@ -99,6 +99,7 @@ def against(rows: Mapping[str, Mapping[str, Estimate]], base: str) -> dict[str, 
 
 
 def by_setting(answers: Sequence[Answer], prompt_set: str) -> dict[str, list[Answer]]:
+    """The answers to one set of prompts by their setting, in the order of `SETTINGS`."""
     found: dict[str, list[Answer]] = {}
     for answer in answers:
         if answer.prompt_set == prompt_set:
@@ -114,6 +115,7 @@ def texts_of(output: Path) -> Path:
 
 
 def rounded(row: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Estimates in JSON types, to four digits."""
     return {
         name: {
             "value": round(found.value, 4),
@@ -205,7 +207,8 @@ class Checks:
 
 
 def rates(counts: Sequence[Counts]) -> dict[str, Estimate]:
-    """
+    """Marks, unknown words and AI phrases of a setting, by the names of the result's columns.
+
     Args:
         counts: of one prompt each.
     """

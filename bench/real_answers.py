@@ -121,6 +121,7 @@ MMLU_QUESTIONS = 300
 
 
 def prompt_sets(data: Path) -> list[PromptSet]:
+    """All sets of prompts, each with its number of answers, its length and its settings."""
     asked = json.loads((data / "slop" / "slopscore_prompts.json").read_text())
     stories, essays = asked[:150], asked[150:]
     lines = (data / "ifeval" / "prompts.jsonl").read_text().splitlines()
@@ -139,6 +140,7 @@ def prompt_sets(data: Path) -> list[PromptSet]:
 
 
 def prompt_set(name: str, data: Path) -> PromptSet:
+    """The set of this name."""
     return next(each for each in prompt_sets(data) if each.name == name)
 
 
@@ -178,7 +180,8 @@ def answers_by_prompt(answers: Sequence[Answer]) -> list[list[str]]:
 
 
 def data_folder() -> Path:
-    """
+    """The folder that DFTSERVE_DATA names.
+
     Raises:
         click.UsageError: DFTSERVE_DATA is not set.
     """
@@ -230,6 +233,7 @@ def answer_missing(
 
 
 def place_of(answer: Answer) -> Place:
+    """By what an answer is recognised when a run resumes."""
     return answer.prompt_set, answer.setting, answer.prompt, answer.number
 
 
@@ -260,6 +264,7 @@ def in_turn(sets: Sequence[PromptSet]) -> Iterator[tuple[PromptSet, str]]:
 
 
 def engine(model: Path, dtype: Any, seed: int) -> Any:
+    """One engine of vLLM with the plug-in, and with the laws of the other modules."""
     import other_laws
     import word_laws
     from vllm import LLM

@@ -8,7 +8,7 @@ Variants, taking turns on the same logits [R, V], float32, on the GPU if there i
     half      the same, every second row active; tenth: every tenth
     naive     the law in plain torch: softmax, entropy, mask, divide
     sampler   vLLM's own sampler step: divide by the temperature, softmax, exponential race
-    peer      the law of qr-sampler, on the host (`others.py`)
+    peer      the law of qr-sampler, on the host (`entropy_laws.py`)
 
 On a GPU, variants that can be captured in a CUDA graph are timed as replays, which leaves out the
 launches. A GPU machine needs only torch and Triton: PYTHONPATH=. python bench/sampler.py
@@ -37,7 +37,7 @@ from torch import Tensor
 from dftserve.sampling import Controls, control_row, get_backend, transform
 from dftserve.spec import parse
 
-import others
+import entropy_laws
 from provenance import machine, versions
 from ratios import ratio, shown
 
@@ -137,7 +137,7 @@ def timer(way: Way, source_RV: Tensor) -> Timer:
 
 def _cuda_timer(way: Way, source_RV: Tensor, logits_RV: Tensor) -> Timer:
     # `peer` computes on the host, which cannot be captured.
-    run = way if way is others.peer else _captured(way, source_RV, logits_RV)
+    run = way if way is entropy_laws.peer else _captured(way, source_RV, logits_RV)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def once() -> float:
@@ -210,7 +210,7 @@ def controls_of(rows: int, device: torch.device) -> Controls:
 
 
 def naive(rows: int, device: torch.device) -> Way:
-    return others.naive
+    return entropy_laws.naive
 
 
 def sampler(rows: int, device: torch.device) -> Way:
@@ -232,7 +232,7 @@ def sampler(rows: int, device: torch.device) -> Way:
 
 
 def peer(rows: int, device: torch.device) -> Way:
-    return others.peer
+    return entropy_laws.peer
 
 
 WAYS: dict[str, Callable[[int, torch.device], Way]] = {

@@ -241,7 +241,8 @@ class Chat:
         return "".join(pieces)
 
     def _chunks(self, conversation: Conversation, message: str) -> Generator[Any, None, None]:
-        """
+        """The chunks of the streamed answer to a message.
+
         Raises:
             ValueError, ServerError: as `Server.errors`.
             ConnectionError: the answer broke off.
@@ -265,7 +266,8 @@ class Chat:
 
 @contextlib.contextmanager
 def _breaks() -> Iterator[None]:
-    """
+    """Turn a connection that breaks off while the answer is read into an error of the chat.
+
     Raises:
         ConnectionError: for an error of the HTTP transport, which some versions of openai let
             through.

@@ -51,7 +51,8 @@ class Server:
     """Used in error messages."""
 
     def client(self) -> "OpenAI":
-        """
+        """A blocking client of the openai package.
+
         Raises:
             ValueError: the key's variable is not set.
         """

@@ -134,7 +134,8 @@ def is_url(model_or_url: str) -> bool:
 
 
 def check_model_or_url(given: str) -> None:
-    """
+    """Refuse what is neither the address of a server nor a model.
+
     Raises:
         ValueError: an address without http, or a path at which there is no folder.
     """

@@ -87,7 +87,12 @@ KNOWN = Fields()
 
 
 def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Text:
-    """
+    """The text of a record: its turns, pair or plain text, and the fields that go with it.
+
+    Args:
+        where: the file and line, for errors.
+        origin: the text's name in reports.
+
     Raises:
         ValueError: a field is missing or has the wrong type; the message begins with `where`.
     """

@@ -125,7 +125,8 @@ class _RefusedError(Exception):
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """
+    """Tell a refusal by the operator's policy from other errors.
+
     Raises:
         _RefusedError: for a 400, raised in the block, that names the policy.
     """

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def findings(environment: Mapping[str, str], model: str | None) -> Iterator[Finding]:
-    """
+    """Which style profiles a server would load from the folder that the environment names.
+
     Args:
         model: the folder or the name of the model to be served; None: profiles are not checked
             against a model.

@@ -35,7 +35,8 @@ class Rates:
 
 
 def phrase_rates(series: Mapping[str, Sequence[Rates]]) -> Figure:
-    """
+    """A plot of each phrase's rate in the model's texts and in people's.
+
     Args:
         series: rates by the texts that they were counted in.
     """

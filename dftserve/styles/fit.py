@@ -424,7 +424,8 @@ def _served(job: Job, name: str, number: int) -> Iterator[str]:
 
 
 def _check_has_style(server: Server, name: str, styles: Path) -> None:
-    """
+    """Check that the server which the user restarted has the profile of this round.
+
     Raises:
         ValueError: the server does not have the profile.
         ServerError: there is no server, or it fails.

@@ -42,7 +42,8 @@ class Reader:
         return cls(*fingerprints, vocabulary)
 
     def check(self, profile: Profile) -> None:
-        """
+        """Check that a profile belongs to this model.
+
         Raises:
             ValueError: the profile does not fit, or its phrases are longer than engines support.
         """

@@ -61,7 +61,8 @@ class Finder:
 
 
 def require_offsets(tokenizer: Any) -> None:
-    """
+    """Refuse a tokenizer with which texts cannot be encoded.
+
     Raises:
         ValueError: the tokenizer does not report the offsets of its tokens.
     """
@@ -73,7 +74,8 @@ def require_offsets(tokenizer: Any) -> None:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
-    """
+    """The tokens of each text, without begin and end tokens, and their offsets in it.
+
     Raises:
         ValueError: as `require_offsets`.
     """

@@ -74,7 +74,8 @@ def count(
     *,
     vocabulary: int,
 ) -> Counts:
-    """
+    """The counts of tokens and bigrams of one side, and how much they vary between groups.
+
     Args:
         counted: which tokens of each text to count; others still serve as contexts.
         groups: the group of each text, from 0; texts of one group are not independent.
@@ -190,7 +191,8 @@ def _looked_up(
 
 
 def fit(human: Counts, model: Counts, allowed_V: NDArray[np.bool_]) -> Tilt:
-    """
+    """The tilt from the model's word choice toward people's.
+
     Args:
         allowed_V: tokens that may be tilted; special tokens and names may not.
     """

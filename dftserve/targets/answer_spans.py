@@ -108,7 +108,8 @@ class _Marked:
         text: str,
         marks: Iterator[str],
     ) -> "_Marked":
-        """
+        """Locate the turns in the rendered text, by marks that are added to them.
+
         Raises:
             UnfitError: the template writes other text around every choice of marks.
         """

@@ -76,6 +76,11 @@ class Document:
         return blake3(content).digest()
 
     @property
+    def tokens_digest(self) -> bytes:
+        """BLAKE3 of the tokens alone."""
+        return blake3(self.tokens_N.astype(np.int32).tobytes()).digest()
+
+    @property
     def identifier(self) -> bytes:
         """Of the group; of the document, if it belongs to none."""
         return self.group.encode() if self.group else self.digest

@@ -47,7 +47,7 @@ class InContext(DenseSource):
         self.vocabulary = teacher.vocabulary
         self._teacher, self._corpus = teacher, corpus
         self._number, self._tokens = number, tokens
-        self._digests = [_digest(document) for document in corpus]
+        self._digests = [document.tokens_digest for document in corpus]
 
     def describe(self) -> Mapping[str, Any]:
         return {
@@ -94,7 +94,7 @@ class InContext(DenseSource):
         return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
     def _others(self, document: Document) -> list[Document]:
-        digest = _digest(document)
+        digest = document.tokens_digest
         random = np.random.default_rng(int.from_bytes(digest[:8], "little"))
         drawn: dict[bytes, Document] = {}
         for index in random.integers(len(self._corpus), size=DRAWS_EACH * self._number).tolist():
@@ -105,7 +105,3 @@ class InContext(DenseSource):
             if len(drawn) == self._number:
                 break
         return list(drawn.values())
-
-
-def _digest(document: Document) -> bytes:
-    return blake3(document.tokens_N.astype(np.int32).tobytes()).digest()

@@ -124,7 +124,7 @@ class Ngram(AdditiveSource):
         self._texts: dict[bytes, _Text] = {}
         self._groups: dict[str, list[bytes]] = {}
         for document in documents:
-            name = _identity(document)
+            name = document.tokens_digest
             self._texts[name] = _Text.of(document, self._texts.get(name))
             if document.group and leaves_out == "group":
                 self._groups.setdefault(document.group, []).append(name)
@@ -253,7 +253,7 @@ class Ngram(AdditiveSource):
         return contexts
 
     def _own(self, document: Document, contexts: Sequence[np.ndarray]) -> Own:
-        itself = _identity(document)
+        itself = document.tokens_digest
         names = {itself, *self._groups.get(document.group, ())} & self._texts.keys()
         key = frozenset(names)
         if key not in self._cached_own:
@@ -396,16 +396,12 @@ def _by_context(text_M: np.ndarray, longest: int) -> np.ndarray:
     return np.argsort(rank_M)
 
 
-def _identity(document: Document) -> bytes:
-    return blake3(document.tokens_N.astype(np.int32).tobytes()).digest()
-
-
 def _digest(documents: Sequence[Document], *, grouped: bool) -> str:
     """A digest of everything the counts depend on; independent of the groups' names."""
     digest = blake3()
     first: dict[str, int] = {}
     for index, document in enumerate(documents):
-        digest.update(_identity(document))
+        digest.update(document.tokens_digest)
         digest.update(document.trained_N.tobytes())
         if grouped and document.group:
             digest.update(str(first.setdefault(document.group, index)).encode())

@@ -320,7 +320,8 @@ def _read(path: Path) -> object:
 
 
 def _warnings(by_judge: Counter[str], trials: int, needed: int) -> list[str]:
-    """
+    """Why the verdict on a question may be unreliable, as sentences.
+
     Args:
         trials: the number of trials that have an answer.
     """

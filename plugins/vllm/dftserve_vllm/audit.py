@@ -46,7 +46,8 @@ class AuditLog:
         self._descriptor: int | None = None
 
     def write(self, entry: dict[str, Any]) -> None:
-        """
+        """Append one line to the log, by a single write.
+
         Raises:
             OSError, ValueError: the line was not written; the next call opens the file again.
         """

@@ -8,7 +8,8 @@ from dftserve_vllm import adapters, engine, hooks, human, metrics, policy, reque
 
 
 def capabilities(models: Any = None) -> dict[str, Any]:
-    """
+    """What `GET /v1/dft/capabilities` answers, in JSON types.
+
     Args:
         models: vLLM's `OpenAIServingModels`, with the adapters that this process serves now.
     """

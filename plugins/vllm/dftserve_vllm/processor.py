@@ -80,7 +80,8 @@ class DiversityProcessor(*_BASES):
 
 
 def _check(sampling_params: "SamplingParams") -> None:
-    """
+    """Refuse what no worker could honour, on routes that do not read the field too.
+
     Raises:
         ValueError: see `DiversityProcessor.validate_params`.
     """
