@@ -149,7 +149,7 @@ def cases() -> Iterator[Case]:
 
 
 def _agrees(case: Case, device: torch.device) -> bool:
-    target = _targets(case.vocabulary, device)
+    target = _targets(device)
     raw_RV = _logits(len(target), case.vocabulary, device).to(case.dtype)
     if case.cap is not None:  # Without a cap, plain torch's entropy of such a row is NaN.
         raw_RV[:, RULED_OUT] = -torch.inf
@@ -171,7 +171,7 @@ def _logits(rows: int, vocabulary: int, device: torch.device) -> Tensor:
     return -0.0625 * steps_V * torch.arange(rows, device=device)[:, None]
 
 
-def _targets(vocabulary: int, device: torch.device) -> TargetRows:
+def _targets(device: torch.device) -> TargetRows:
     """Six rows of three top entries and four draws, with and without the text's own token among the
     top, and with a repeated draw."""
     row_R1 = torch.arange(6, device=device)[:, None]
