@@ -3,7 +3,7 @@
 The engines are real vLLM servers over HTTP, one of each kind for a whole run:
     v1, v1_stock    the V1 runner with the plug-in, and with DFTSERVE_DISABLE=1
     v2, v2_stock    the same with the V2 runner, on a CPU through tests/shim
-    v1_smollm2, v2_smollm2  (long) both runners with the plug-in and a real model
+    v1_smollm2, v2_smollm2  (v2: long) both runners with the plug-in and a real model
     v1_bare, v2_bare  (long) a separate environment with vLLM and without the plug-in
 """
 
@@ -48,6 +48,8 @@ QUICK_STEPS = 40
 BRIEFLY = {"stories": 24, "epochs": 1.0, "learning_rate": 1e-4}
 # So few blocks that sixteen short texts fit at once, but sixteen long ones do not.
 FEW_BLOCKS = "--num-gpu-blocks-override=20"
+REAL_MODEL_MEMORY = "--kv-cache-memory-bytes=400000000"
+"""Enough that sixteen texts of a real model fit at once."""
 PATIENCE = 3600.0
 """Timeout in seconds for a server's start or an answer. It is long because slowness on a busy
 machine is not a failure; a server that exits is noticed immediately."""
@@ -183,7 +185,8 @@ def smollm2_folder() -> Path:
 def _real(name: str):
     @pytest.fixture(scope="session", name=name)
     def engine_fixture(smollm2_folder, tmp_path_factory):
-        with engine_running(name, smollm2_folder, tmp_path_factory.mktemp(name)) as engine:
+        place = tmp_path_factory.mktemp(name)
+        with engine_running(name, smollm2_folder, place, REAL_MODEL_MEMORY) as engine:
             yield engine
 
     return engine_fixture

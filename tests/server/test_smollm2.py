@@ -3,18 +3,11 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from openai import AsyncOpenAI, OpenAI
-from scipy import stats
 
 from dftserve.demo.run import serve_flags
-from dftserve.evaluate.metrics import errors
-from dftserve.evaluate.metrics.lexical import self_bleus
-from dftserve.evaluate.text.tokenize import words
 from dftserve.serve import Server, running
 
 pytestmark = pytest.mark.long
@@ -92,58 +85,6 @@ def test_a_json_schema_holds_at_every_level(client, server):
         )
         person = json.loads(answer.choices[0].message.content)
         assert sorted(person) == ["age", "name"]
-
-
-TOPICS = (
-    "a lighthouse", "two brothers", "a lost dog", "the last train", "a garden", "a letter",
-    "a storm at sea", "an old piano", "a stolen bicycle", "the moon", "a baker", "a locked door",
-    "a river", "the first snow", "a broken watch", "a stranger",
-)  # fmt: skip
-
-
-def stories(server: Server, **fields: Any) -> list[list[str]]:
-    """Two stories for each topic."""
-
-    async def ask_all() -> list[list[str]]:
-        async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=1200) as client:
-
-            async def ask(seed: int, topic: str) -> list[str]:
-                # One seed for all would give all the same noise, and make them similar.
-                prompt = {"role": "user", "content": f"Tell me a short story about {topic}."}
-                answer = await client.chat.completions.create(
-                    model=server.model, messages=[prompt], max_tokens=96, n=2, seed=seed, **fields
-                )
-                return [choice.message.content for choice in answer.choices]
-
-            return await asyncio.gather(*(ask(seed, topic) for seed, topic in enumerate(TOPICS)))
-
-    return asyncio.run(ask_all())
-
-
-def test_more_varied_than_a_low_temperature_and_fewer_errors_than_a_high_one(server, record_values):
-    """If either did not hold, the test would pass by chance once in 1,000."""
-    low = stories(server, temperature=0.5)
-    field = stories(server, temperature=1.0, extra_body={"diversity": 1})
-    high = stories(server, temperature=1.2)
-    checker = errors.linter()
-
-    def marks(texts: list[list[str]]) -> list[int]:
-        return [sum(errors.check(text, checker).marks for text in pair) for pair in texts]
-
-    def similarity(texts: list[list[str]]) -> NDArray[np.float64]:
-        """Self-BLEU of stories on different topics."""
-        return self_bleus([words(pair[0]) for pair in texts])
-
-    fewer = stats.ttest_rel(marks(high), marks(field), alternative="greater").pvalue
-    similarity_low, similarity_field = similarity(low), similarity(field)
-    more = stats.ttest_rel(similarity_low, similarity_field, alternative="greater").pvalue
-    record_values(
-        marks=[sum(marks(each)) for each in (low, field, high)],
-        self_bleu=[round(float(each.mean()), 1) for each in (similarity_low, similarity_field)],
-        p=[float(fewer), float(more)],
-    )
-    assert fewer < 1e-3
-    assert more < 1e-3
 
 
 def test_500_seeds_at_once_leave_the_engine_alive(server, record_values):
