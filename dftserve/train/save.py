@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dftserve import checkpoint, lm, pretrained
+from dftserve import lm, pretrained
 from dftserve.bounded_files import read_bytes
+from dftserve.library_writes import writing
 from dftserve.model_folder import LARGEST_TEXT
 from dftserve.train.data import model_inputs
 from dftserve.train.divergences import SFT, TargetRows
@@ -52,7 +53,7 @@ def try_save(model: Any, tokenizer: Any, name: str) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with checkpoint.writing(Path(folder)):
+            with writing(Path(folder)):
                 model.save_pretrained(folder, state_dict={})
                 tokenizer.save_pretrained(folder)
         except OSError:

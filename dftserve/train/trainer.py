@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
+from dftserve.library_writes import writing
 from dftserve.train.feature_matching import FeatureMatching, Matched
 from dftserve.train.mixed import MixedRows, MixedSampler
 from dftserve.train.model import DFTOutput
@@ -286,7 +287,7 @@ class DFTTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            with self._output_in(staging), checkpoint.writing(staging):
+            with self._output_in(staging), writing(staging):
                 super()._save_checkpoint(model, trial)
                 self._update_best_path()
                 if self.args.should_save:
