@@ -16,7 +16,7 @@ from dftserve import lm, pretrained
 from dftserve.model_config import CHUNK, ORIGINAL
 from dftserve.train import continuations, processes
 from dftserve.train.adapters import adapted
-from dftserve.train.config import FeatureMatchingConfig, TrainConfig
+from dftserve.train.config import SCHEDULES, FeatureMatchingConfig, TrainConfig
 from dftserve.train.continuations import Anchors
 from dftserve.train.feature_matching import FeatureMatching, FeatureNetwork
 from dftserve.train.material import (
@@ -248,7 +248,7 @@ def _arguments(config: TrainConfig, material: Material, *, evaluates: bool) -> T
         gradient_accumulation_steps=config.accumulation,
         optim=config.optim,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
+        lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=warmup_of(config, material),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,

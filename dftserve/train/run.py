@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from dftserve.checkpoint import FINAL
@@ -102,6 +102,8 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     if stop.agreed is not None:
         processes.say(f"Stopped, and saved in {output}; {_how_to_resume()}")
         raise SystemExit(128 + stop.agreed)
+    # It looks for its figure among those of every evaluation, and would report itself disabled.
+    trainer.remove_callback(EarlyStoppingCallback)
     figures = trainer.evaluate(metric_key_prefix="final") if len(material.heldout) else {}
     figures |= _untouched_figures(trainer, figures)
     whole = whole_model(trainer, config, prepared)

@@ -28,7 +28,7 @@ from dftserve.spec import Promise
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
 from dftserve.train import run_folder
-from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
+from dftserve.train.config import SCHEDULES, DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, packed, pieces
 from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
 from dftserve.train.material import read, steps_of, steps_of_epoch, warmup_of
@@ -411,8 +411,11 @@ def test_an_interrupted_run_of_two_processes_equals_an_uninterrupted_one_and_one
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run):
+def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr("transformers.trainer_callback.logger.warning", warnings.append)
     final = train(replace(run, patience=5))
+    assert not warnings
     assert checkpoint.verify(final).files >= 6
     promise = Promise.read(final)
     assert promise.diversity is not None
@@ -704,6 +707,19 @@ def test_a_short_run_starts_at_the_full_learning_rate(run, steps):
 
 def test_a_long_run_warms_up(run):
     assert warmup_of(replace(run, steps=100), read(run)) == run.warmup > 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_warms_up(schedule, run):
+    config = replace(run, steps=50, schedule=schedule, warmup=0.1, learning_rate=0.5)
+    trainer = make_trainer(config, small_model(), read(config))
+    trainer.create_optimizer_and_scheduler(50)
+    rates = []
+    for _ in range(6):
+        rates += trainer.lr_scheduler.get_last_lr()[:1]
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_auto_never_holds_two_models_in_memory(run, monkeypatch):
