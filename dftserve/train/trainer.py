@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
 from dftserve.library_writes import writing
+from dftserve.train import workers
 from dftserve.train.feature_matching import FeatureMatching, Matched
 from dftserve.train.mixed import MixedRows, MixedSampler
 from dftserve.train.model import DFTOutput
@@ -168,6 +169,11 @@ class DFTTrainer(Trainer):
             return self._matching.match(inputs, *key)
 
     # ── Order ────────────────────────────────────────────────────────────────────────────────────
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        workers.end_with_the_run(loader)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset

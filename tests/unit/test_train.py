@@ -1093,6 +1093,37 @@ def test_if_the_newest_checkpoint_is_damaged_an_older_intact_one_is_named(run):
         train(config)
 
 
+SIGNALLED_WITH_ITS_WORKERS = """
+    import subprocess, sys
+    from pathlib import Path
+    from dftserve.train.config import load
+    from dftserve.train.run import train
+    from dftserve.train.trainer import StopOnSignal
+    class Signalled(StopOnSignal):
+        def on_step_begin(self, args, state, control, **given):
+            if state.global_step == 1:
+                subprocess.run("kill -TERM 0", shell=True)
+    sys.modules["dftserve.train.run"].StopOnSignal = Signalled
+    train(load(Path(sys.argv[1]), {}))
+"""
+
+
+def test_a_signal_to_the_workers_too_lets_the_run_save(run, tmp_path):
+    config = replace(run, workers=2, steps=50, save_every=1000)
+    script, settings_file = tmp_path / "signalled.py", tmp_path / "run.yaml"
+    script.write_text(textwrap.dedent(SIGNALLED_WITH_ITS_WORKERS))
+    save_config(config, settings_file)
+    ended = subprocess.run(
+        [sys.executable, script, settings_file],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert [path.name for path in Path(config.output).glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_nan_loss_stops_the_run_and_leaves_no_checkpoint(run):
     prepared = prepare(run)
     trainer = make_trainer(run, prepared.loaded.model, prepared.material)
