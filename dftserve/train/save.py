@@ -39,8 +39,8 @@ class SaveError(OSError):
     """The final checkpoint could not be written; the message says where the trained weights are."""
 
 
-def try_save(model: Any, tokenizer: Any, name: str) -> None:
-    """Save everything but the weights to a temporary folder.
+def try_save(model: Any, tokenizer: Any, name: str) -> int:
+    """Save everything but the weights to a temporary folder; returns the bytes of those files.
 
     Args:
         model: the causal LM, without adapters.
@@ -56,6 +56,7 @@ def try_save(model: Any, tokenizer: Any, name: str) -> None:
             with writing(Path(folder)):
                 model.save_pretrained(folder, state_dict={})
                 tokenizer.save_pretrained(folder)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
         except OSError:
             raise
         except Exception as error:
