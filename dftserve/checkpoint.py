@@ -25,8 +25,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from dftserve import __version__, atomic
 from dftserve.bounded_files import (
     FileError,
@@ -56,8 +54,6 @@ HUB_LEAVES = re.compile(r"\.gitattributes|\.cache/huggingface/.+")
 """Files that the Hugging Face hub and its client add to a repository's files; no loader reads
 them."""
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
-TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error")
-"""Names in the message of a RuntimeError that torch raises when it cannot write a file."""
 
 
 class CheckpointError(ValueError):
@@ -207,22 +203,6 @@ def _section(heading: str) -> re.Pattern[str]:
 
 def _around(before: str, after: str) -> str:
     return joined_digest([text_digest(before), text_digest(after)])
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the errors that safetensors and torch raise for a failed write into an OSError.
-
-    Raises:
-        OSError: names the folder and contains the original message.
-    """
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not any(name in message for name in TORCH_WRITERS):
-            raise
-        raise OSError(f"{folder} cannot be written: {message}") from None
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,8 @@ def convert(file: Path, folder: Path, *, digest: str) -> None:
     Raises:
         ValueError, RuntimeError, OSError: as `resolve`.
     """
+    from dftserve.library_writes import writing
+
     header = read_header(file)
     if header.parts > 1:
         raise ValueError(
@@ -166,9 +168,10 @@ def convert(file: Path, folder: Path, *, digest: str) -> None:
         check_model_folder(partial)  # Before the sizes in the config are allocated.
         with _refusing(file, header.architecture):
             model, tokenizer = _model(real, header, config), _tokenizer(real, header, config)
-        model.save_pretrained(partial)
-        model.generation_config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        with writing(folder):
+            model.save_pretrained(partial)
+            model.generation_config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
         (partial / ORIGIN).write_text(json.dumps(_origin(file, header, digest), indent=1) + "\n")
 
 

@@ -25,6 +25,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from dftserve.library_writes import writing
 from dftserve.stories.grammar import PROMPTS, generate
 
 STEPS = 440
@@ -193,10 +194,11 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
     """Write a checkpoint next to `folder`, then move it to `folder`."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(partial)
+    with writing(folder):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        ).save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -21,6 +21,8 @@ ALL_LINEAR = "all-linear"
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
 """Optimizers of transformers that need no additional package."""
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""transformers' name of each schedule; the one that it calls `constant` ignores the warm-up."""
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 FLASH = (
     " Flash attention's own packages support only half precision, in which a model cannot be "
@@ -267,7 +269,7 @@ class TrainConfig:
             ("report_to", REPORTS),
             ("optim", OPTIMIZERS),
             ("attention", (None, *ATTENTIONS)),
-            ("schedule", ("cosine", "linear", "constant")),
+            ("schedule", tuple(SCHEDULES)),
         ):
             value = getattr(self, name)
             if value not in known:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dftserve import atomic, checkpoint, lm
+from dftserve.library_writes import writing
 from dftserve.spec import CheckpointInfo
 from dftserve.targets.calibrated import is_refused
 from dftserve.train import processes
@@ -80,7 +81,7 @@ def finish(
         model.to("cpu", torch.float32)
     sample = material.collate(some_rows(material.heldout, 1) or some_rows(material.train, 1))
     trained = nll(prepared.loaded.language_model, sample)
-    with atomic.folder(folder) as made, checkpoint.writing(folder):
+    with atomic.folder(folder) as made, writing(folder):
         if config.lora is not None:
             model.save_pretrained(made / ADAPTER)
             model = model.merge_and_unload()

@@ -16,7 +16,7 @@ from dftserve import lm, pretrained
 from dftserve.model_config import CHUNK, ORIGINAL
 from dftserve.train import continuations, processes
 from dftserve.train.adapters import adapted
-from dftserve.train.config import FeatureMatchingConfig, TrainConfig
+from dftserve.train.config import SCHEDULES, FeatureMatchingConfig, TrainConfig
 from dftserve.train.continuations import Anchors
 from dftserve.train.feature_matching import FeatureMatching, FeatureNetwork
 from dftserve.train.material import (
@@ -57,6 +57,8 @@ class Prepared:
     """Why each row has one document although the configuration enables packing; None if packed."""
     process_bytes: int
     """Resident before the model was loaded: interpreter, libraries, tokenizer, store."""
+    companion_bytes: int
+    """The tokenizer and configurations in a checkpoint."""
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -81,8 +83,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.feature_matching is not None:
         _check_anchors(config.feature_matching, material)
         continuations.check(loaded.language_model, material.longest)
-    try_save(loaded.language_model.model, material.tokenizer, material.found.name)
-    return Prepared(material, cast_frozen_weights(loaded, config), reason, resident)
+    companions = try_save(loaded.language_model.model, material.tokenizer, material.found.name)
+    return Prepared(material, cast_frozen_weights(loaded, config), reason, resident, companions)
 
 
 def _check_anchors(matching: FeatureMatchingConfig, material: Material) -> None:
@@ -254,7 +256,7 @@ def _arguments(config: TrainConfig, material: Material, *, evaluates: bool) -> T
         gradient_accumulation_steps=config.accumulation,
         optim=config.optim,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
+        lr_scheduler_type=SCHEDULES[config.schedule],
         warmup_steps=warmup_of(config, material),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,

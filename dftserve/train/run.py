@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from dftserve.checkpoint import FINAL
@@ -82,6 +82,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
             material=material,
             not_packed_because=prepared.not_packed_because,
             process_bytes=prepared.process_bytes,
+            companion_bytes=prepared.companion_bytes,
         )
         del prepared
         config = target_weight.choose(config, material, output, tried)
@@ -109,6 +110,8 @@ def _write_final(
     trainer: DFTTrainer, config: TrainConfig, prepared: Prepared, output: Path
 ) -> Path:
     """Evaluate the trained model, and write the final checkpoint in the first process."""
+    # It looks for its metric among those of every evaluation, and would report itself disabled.
+    trainer.remove_callback(EarlyStoppingCallback)
     has_heldout = len(prepared.material.heldout) > 0
     metrics = trainer.evaluate(metric_key_prefix="final") if has_heldout else {}
     metrics |= _untouched_metrics(trainer, metrics)

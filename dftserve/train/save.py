@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dftserve import checkpoint, lm, pretrained
+from dftserve import lm, pretrained
 from dftserve.bounded_files import read_bytes
+from dftserve.library_writes import writing
 from dftserve.model_folder import LARGEST_TEXT
 from dftserve.train.data import model_inputs
 from dftserve.train.divergences import SFT, TargetRows
@@ -38,8 +39,8 @@ class SaveError(OSError):
     """The final checkpoint could not be written; the message says where the trained weights are."""
 
 
-def try_save(model: Any, tokenizer: Any, name: str) -> None:
-    """Save everything but the weights to a temporary folder.
+def try_save(model: Any, tokenizer: Any, name: str) -> int:
+    """Save everything but the weights to a temporary folder; returns the bytes of those files.
 
     Args:
         model: the causal LM, without adapters.
@@ -52,9 +53,10 @@ def try_save(model: Any, tokenizer: Any, name: str) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with checkpoint.writing(Path(folder)):
+            with writing(Path(folder)):
                 model.save_pretrained(folder, state_dict={})
                 tokenizer.save_pretrained(folder)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
         except OSError:
             raise
         except Exception as error:

@@ -30,6 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
+from dftserve.library_writes import writing
+from dftserve.train import workers
 from dftserve.train.feature_matching import FeatureMatching, Matched
 from dftserve.train.mixed import MixedRows, MixedSampler
 from dftserve.train.model import DFTOutput
@@ -168,6 +170,11 @@ class DFTTrainer(Trainer):
 
     # ── Order ────────────────────────────────────────────────────────────────────────────────────
 
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        workers.end_with_the_run(loader)
+        return loader
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, MixedRows):
@@ -286,7 +293,7 @@ class DFTTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            with self._output_in(staging), checkpoint.writing(staging):
+            with self._output_in(staging), writing(staging):
                 super()._save_checkpoint(model, trial)
                 self._update_best_path()
                 if self.args.should_save:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from dftserve.cli import main
 from dftserve.gguf import ORIGIN, resolve
@@ -185,6 +185,20 @@ def test_a_missing_file_and_a_folder_with_several_are_refused(file):
     write_gguf(file.with_name("other.gguf"), kind="Q8_0")
     with pytest.raises(ValueError, match=r"2 GGUF files \(other\.gguf, tiny\.gguf\)"):
         resolve(str(file.parent))
+
+
+def test_a_full_cache_is_reported_as_such(file, cache, monkeypatch):
+    save = PreTrainedTokenizerFast.save_pretrained
+
+    def on_full_disk(tokenizer, folder):
+        (Path(folder) / "tokenizer.json").symlink_to("/dev/full")
+        save(tokenizer, folder)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", on_full_disk)
+    with pytest.raises(OSError, match=f"{cache}.* cannot be written: No space left on device"):
+        resolve(str(file))
+    monkeypatch.undo()
+    assert not any(path.is_dir() for path in cache.rglob("*.partial"))
 
 
 def test_concurrent_conversions_make_one_folder(file, cache):

@@ -13,7 +13,7 @@ from dftserve.targets.conversation import NO_STOP
 from dftserve.targets.store import MANIFEST
 from dftserve.train import plan as plans
 from dftserve.train import prepare
-from dftserve.train.config import DivergenceConfig, TrainConfig, load
+from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig, load
 from dftserve.train.material import read
 from dftserve.train.plan import plan_of
 from tests.conftest import ROOT
@@ -74,6 +74,16 @@ def test_disk_includes_the_best_checkpoint_beside_the_newest(config):
     disk = [plan_of(replace(early, keep=keep)).disk_bytes for keep in (1, 2)]
     assert disk[0] == disk[1]
     assert plan_of(replace(config, keep=1)).disk_bytes < disk[0]
+
+
+def test_disk_includes_the_weights_once_if_only_adapters_are_trained(config):
+    """A checkpoint to resume from has the adapters alone."""
+    tuned = replace(config, lora=LoraConfig(rank=1, modules="q_proj"))
+    few, many = (plan_of(replace(tuned, keep=keep)) for keep in (1, 3))
+    weights = 4 * few.parameters
+    assert few.disk_bytes > weights
+    assert many.disk_bytes - few.disk_bytes < weights
+    assert plan_of(replace(config, keep=3)).disk_bytes > 5 * weights
 
 
 def test_gpu_memory_excludes_that_of_the_process(config, monkeypatch):

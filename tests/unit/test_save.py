@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dftserve import checkpoint
 from dftserve.targets.store import TargetStore
@@ -53,6 +59,19 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(call, run, 
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuse)
     with pytest.raises(ValueError, match=r"cannot be saved, .*no such thing"):
+        call(run)
+    assert not Path(run.output).exists()
+
+
+@pytest.mark.parametrize("call", [train, plan_of])
+def test_a_full_temporary_folder_is_reported_as_such(call, run, tmp_path, monkeypatch):
+    full, save = tmp_path / "full", PreTrainedTokenizerFast.save_pretrained
+    full.mkdir()
+    (full / "tokenizer.json").symlink_to("/dev/full")
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "save_pretrained", lambda self, _: save(self, full)
+    )
+    with pytest.raises(OSError, match="cannot be written: No space left on device"):
         call(run)
     assert not Path(run.output).exists()
 

@@ -28,7 +28,7 @@ from dftserve.spec import CheckpointInfo
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
 from dftserve.train import run_folder
-from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig
+from dftserve.train.config import SCHEDULES, DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, cut_documents, pack
 from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
 from dftserve.train.material import read, steps_of, steps_of_epoch, warmup_of
@@ -411,8 +411,11 @@ def test_an_interrupted_run_of_two_processes_equals_an_uninterrupted_one_and_one
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run):
+def test_a_run_ends_in_a_verified_checkpoint_that_describes_itself(run, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr("transformers.trainer_callback.logger.warning", warnings.append)
     final = train(replace(run, patience=5))
+    assert not warnings
     assert checkpoint.verify(final).files >= 6
     info = CheckpointInfo.read(final)
     assert info.diversity is not None
@@ -704,6 +707,19 @@ def test_a_short_run_starts_at_the_full_learning_rate(run, steps):
 
 def test_a_long_run_warms_up(run):
     assert warmup_of(replace(run, steps=100), read(run)) == run.warmup > 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_warms_up(schedule, run):
+    config = replace(run, steps=50, schedule=schedule, warmup=0.1, learning_rate=0.5)
+    trainer = make_trainer(config, small_model(), read(config))
+    trainer.create_optimizer_and_scheduler(50)
+    rates = []
+    for _ in range(6):
+        rates += trainer.lr_scheduler.get_last_lr()[:1]
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_auto_never_holds_two_models_in_memory(run, monkeypatch):
@@ -1075,6 +1091,37 @@ def test_if_the_newest_checkpoint_is_damaged_an_older_intact_one_is_named(run):
     (older / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"copy the checkpoint again\.$"):
         train(config)
+
+
+SIGNALLED_WITH_ITS_WORKERS = """
+    import subprocess, sys
+    from pathlib import Path
+    from dftserve.train.config import load
+    from dftserve.train.run import train
+    from dftserve.train.trainer import StopOnSignal
+    class Signalled(StopOnSignal):
+        def on_step_begin(self, args, state, control, **given):
+            if state.global_step == 1:
+                subprocess.run("kill -TERM 0", shell=True)
+    sys.modules["dftserve.train.run"].StopOnSignal = Signalled
+    train(load(Path(sys.argv[1]), {}))
+"""
+
+
+def test_a_signal_to_the_workers_too_lets_the_run_save(run, tmp_path):
+    config = replace(run, workers=2, steps=50, save_every=1000)
+    script, settings_file = tmp_path / "signalled.py", tmp_path / "run.yaml"
+    script.write_text(textwrap.dedent(SIGNALLED_WITH_ITS_WORKERS))
+    save_config(config, settings_file)
+    ended = subprocess.run(
+        [sys.executable, script, settings_file],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert [path.name for path in Path(config.output).glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_nan_loss_stops_the_run_and_leaves_no_checkpoint(run):
