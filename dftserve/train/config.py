@@ -56,7 +56,7 @@ class DivergenceConfig:
     three."""
     probe_steps: int = 50
     """Maximal optimizer steps of each candidate of `auto`; all together take no more than a third
-    of the run's steps."""
+    of the run's steps, or one each."""
     skew: float | None = None
     share: float | None = None
     projections: int = 8
@@ -229,7 +229,7 @@ class TrainConfig:
     """Fraction of the steps."""
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Maximal norm of the gradient."""
+    """Maximal norm of the gradient; 0: any."""
     precision: str = "fp32"
     """Precision of the computation."""
     weights: str = "fp32"
