@@ -290,7 +290,8 @@ def _line_end() -> Iterator[None]:
 
 def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        # Not `yield from sys.stdin`, which closes stdin with this generator, at /quit.
+        yield from iter(sys.stdin.readline, "")
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - adds line editing to input()

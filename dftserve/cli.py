@@ -204,8 +204,18 @@ def doctor(
     metavar="NAME",
     help="The variable that holds the server's key. Default: OPENAI_API_KEY where set.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, 3600),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For one answer; a slow server needs more, since 8 are asked at once.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document, to paste in an issue.")
-def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) -> None:
+def verify(
+    url: str, model: str | None, api_key_env: str | None, timeout: float, as_json: bool
+) -> None:
     """Send a running server a few short requests, and report whether the field works.
 
     The exit code is 1 if there is an error. The report contains no text and no key.
@@ -216,7 +226,13 @@ def verify(url: str, model: str | None, api_key_env: str | None, as_json: bool) 
 
     key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
     with usage_errors():
-        server = Server(base_url(url), api_key_env, retries=1, timeout_s=60.0)
+        server = Server(
+            base_url(url),
+            api_key_env,
+            retries=1,
+            timeout_s=timeout,
+            if_slow="give it longer (--timeout), or ask when it has less to do",
+        )
         report = doctor.verify(server, model, key)
     click.echo(report.as_json() if as_json else doctor.as_text(report.findings))
     raise SystemExit(doctor.exit_code(report.findings))

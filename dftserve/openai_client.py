@@ -49,6 +49,8 @@ class Server:
     """For one attempt."""
     name: str = "the server"
     """Used in error messages."""
+    if_slow: str = "ask less at once, or when it has less to do"
+    """Advice in the error message after `timeout_s`."""
 
     def client(self) -> "OpenAI":
         """A blocking client of the openai package.
@@ -89,8 +91,7 @@ class Server:
             yield
         except openai.APITimeoutError:
             raise ServerError(
-                f"{at} did not answer within {self.timeout_s:g} s; give it longer, or ask less at "
-                f"once. {tried}"
+                f"{at} did not answer within {self.timeout_s:g} s; {self.if_slow}. {tried}"
             ) from None
         except openai.APIConnectionError as error:
             raise ServerError(

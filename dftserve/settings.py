@@ -103,6 +103,13 @@ def load(cls: type[T], given: object, where: str) -> T:
         raise ValueError(f"{where}: {error}") from None
 
 
+def check_mapping(given: object, where: str) -> None:
+    """Raises ValueError if `given`, the content of a file or a part of it, has no keys."""
+    if not isinstance(given, dict):
+        got = "nothing" if given is None else f"a {type(given).__name__}"
+        raise ValueError(f"{where}: got {got}; accepted: keys and values.")
+
+
 def check_field(cls: type, name: str, given: object, where: str) -> None:
     """Raises ValueError if `given` does not have the type of a field; the message includes the
     values that the field's metadata lists as `accepted`."""

@@ -105,17 +105,17 @@ def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
     path = _path(name)
     given = settings.read_yaml(path)
     where = path.name
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: accepted: keys and values.")
+    settings.check_mapping(given, where)
+    known = [each.name for each in dataclasses.fields(Recipe)]
+    settings.refuse_unknown(given, [*known, "defaults"], where)
     given.setdefault("name", path.stem)
     defaults = given.pop("defaults", None) or {}
-    if not isinstance(defaults, dict):
-        raise ValueError(f"{where}.defaults: accepted: names and values.")
+    settings.check_mapping(defaults, f"{where}.defaults")
     values = dict(values or {})
     given["corpus"] = _with_filters(given.get("corpus"), values, where)
     settings.refuse_unknown(values, sorted(_names(given)), f"--set for the recipe {where}")
-    known = {**defaults, **{key: _parsed_scalar(value) for key, value in values.items()}}
-    return settings.load(Recipe, _filled(given, known, where), where)
+    filled = {**defaults, **{key: _parsed_scalar(value) for key, value in values.items()}}
+    return settings.load(Recipe, _filled(given, filled, where), where)
 
 
 def source_of(

@@ -134,6 +134,7 @@ def estimate(job: Job, say: Say = print) -> Estimate:
     if job.engine != LOCAL:
         say("Measured on this machine; the Ray cluster is not asked.")
     prepared = _prepared(job, say)
+    say("Measuring the first batches; with a model on a CPU this may take minutes.")
     return estimate_of(prepared.source, prepared.plan, prepared.documents, job.processes or 1)
 
 

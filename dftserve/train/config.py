@@ -371,9 +371,7 @@ def load(path: Path | None, overrides: Mapping[str, str]) -> TrainConfig:
     content: dict[str, Any] = {}
     if path is not None:
         content = settings.read_yaml(path)
-        if not isinstance(content, dict):
-            got = "nothing" if content is None else f"a {type(content).__name__}"
-            raise ValueError(f"{path}: got {got}; accepted: keys and values.")
+        settings.check_mapping(content, str(path))
     for name, text in overrides.items():
         *outer, last = name.split(".")
         section = content

@@ -3,6 +3,7 @@
 The server of these tests implements only OpenAI's streaming format.
 """
 
+import io
 import json
 import sys
 
@@ -259,6 +260,17 @@ def test_a_wrong_line_is_refused_and_the_conversation_continues(line):
     assert "Once upon." in result.stdout
     assert result.stderr
     assert sent(server) == [(None, ["A"])]
+
+
+def test_a_pipe_that_goes_on_after_quit_is_left_open(capsys, monkeypatch):
+    server = Server(STORY)
+    lines = io.TextIOWrapper(io.BytesIO(b"/what\n/quit\nnever sent\n"))
+    monkeypatch.setattr(sys, "stdin", lines)
+    with serving(server) as url, pytest.raises(SystemExit) as ended:
+        main(["chat", "--url", f"{url}/v1"])
+    assert ended.value.code == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert not lines.closed
 
 
 @pytest.mark.parametrize(

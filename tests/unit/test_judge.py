@@ -403,7 +403,7 @@ def test_a_judge_that_is_too_slow_is_reported(tmp_path):
         return "A"
 
     with judging(slow, timeout_s=0.2) as (_, judge):
-        with pytest.raises(ServerError, match=r"did not answer within 0\.2 s"):
+        with pytest.raises(ServerError, match=r"did not answer within 0\.2 s; ask less at once"):
             judged(PAIRS, judge, tmp_path / "answers.jsonl")
         done.set()
 

@@ -321,8 +321,10 @@ def test_missing_inputs_of_a_recipe_are_found_before_the_corpus_is_read(
     [
         ("a: [", "not YAML"),
         ("!!python/object/apply:os.system [ls]", "not YAML"),
-        ("- 1", "accepted: keys and values"),
-        ("", "accepted: keys and values"),
+        ("- 1", "x.yaml: got a list; accepted: keys and values"),
+        ("", "x.yaml: got nothing; accepted: keys and values"),
+        ("defaults: [a]\nsource: {ngram: {}}", "defaults: got a list; accepted: keys and values"),
+        ("sorce: {ngram: {}}", "got the key 'sorce'; accepted: .*source, defaults .*'source'"),
         ("a: &x [1]\nb: *x", "it has an alias"),
         ("[" * 1500, "more than 64 levels"),
         (b"name: \xff", "not UTF-8"),

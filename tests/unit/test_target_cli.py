@@ -648,7 +648,9 @@ def test_a_plan_is_measured_and_writes_nothing(tmp_path, novels, model):
     assert planned["tokens"] >= planned["measured_tokens"] > 200
     expected = planned["tokens"] / planned["tokens_per_second"]
     assert planned["seconds"] == pytest.approx(expected)
-    assert "a second and process, measured on" in build(novels, model, out, "--plan").stdout
+    shown = build(novels, model, out, "--plan")
+    assert "a second and process, measured on" in shown.stdout
+    assert "Measuring the first batches" in shown.stderr
     assert not out.exists()
 
 

@@ -1,6 +1,7 @@
 """`dftserve verify` against a stand-in for a server with the plug-in."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,23 @@ def test_a_correct_server_passes(monkeypatch):
     timed = [body for body in received if body["temperature"] == 1 and body.get("n", 1) == 1]
     assert {body.get("diversity") for body in timed} == {0, 1}
     assert [body["style"] for body in received if "style" in body] == ["human"]
+
+
+def test_a_slow_server_can_be_given_longer():
+    done = threading.Event()
+
+    def slow(request):
+        if request.command == "POST":
+            done.wait(30)
+            return
+        content = {"data": [{"id": "demo"}]} if "models" in request.path else CAPABILITIES
+        reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+
+    with serving(slow) as url:
+        result = CliRunner().invoke(main, ["verify", "--url", url, "--timeout", "1"])
+    done.set()
+    assert result.exit_code == 1
+    assert "did not answer within 1 s; give it longer (--timeout)" in result.output
 
 
 @pytest.mark.parametrize(
