@@ -1,7 +1,7 @@
 """Failed writes of the libraries that save models: each raises an error of its own for a full disk.
 
-    with writing(folder):
-        model.save_pretrained(folder)
+with writing(folder):
+    model.save_pretrained(folder)
 """
 
 import re
