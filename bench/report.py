@@ -558,9 +558,13 @@ def families(document: dict[str, Any]) -> str:
 
 
 def short(reason: str) -> str:
-    """A refusal's reason without the model's class, which the family already implies."""
+    """A reason without the model's class, which the family already implies, and without the errors
+    of transformers."""
     reason = re.sub(r"the model \(\w+\) ", "", reason).partition("; accepted")[0]
-    reason = re.sub(r"it has [\w, ]+;", "images or sound;", reason)
+    if "its text model is a family of its own" in reason:
+        return "images or sound; its text model is a family of its own"
+    if re.match(r"(no tiny model|transformers does not save)\b.*Error: ", reason):
+        return "a tiny model of it could not be made or saved"
     return reason[:120].rstrip(".").replace("|", "/")
 
 

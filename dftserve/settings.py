@@ -100,7 +100,8 @@ def load(cls: type[T], given: object, where: str) -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        is_of_field = str(error).partition(":")[0] in known
+        raise ValueError(f"{where}{'.' if is_of_field else ': '}{error}") from None
 
 
 def check_mapping(given: object, where: str) -> None:

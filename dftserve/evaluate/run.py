@@ -43,6 +43,8 @@ from dftserve.hub import folder_of
 from dftserve.openai_client import Server, key_of
 from dftserve.serve import base_url, check_model_or_url, is_url, running, served_name
 
+TOKENS_PER_WORD = 1.3
+"""Of English prose, by the vocabularies of current models; only for a warning."""
 SHOWN = 3
 """Number of prompts whose answers are shown side by side in the report."""
 
@@ -122,6 +124,11 @@ def evaluate(job: Job, say: Callable[[str], object], tick: Callable[[int, int], 
     anchors = reference.load(job.anchors)
     prompts = read_prompts(job.prompts)
     reference.require_enough_answers(anchors, len(prompts), job.samples)
+    if job.max_tokens < TOKENS_PER_WORD * anchors.words:
+        say(
+            f"Warning: of answers of at most {job.max_tokens} tokens few have the {anchors.words} "
+            "words of the anchors, and shorter ones are not measured; ask for more (--max-tokens)."
+        )
     instruments = Instruments(
         style_space=StyleSpace.fit(anchors.splits["reference"]),
         phrases=slop.read_phrases(job.phrases or slop.OURS),

@@ -198,12 +198,12 @@ class Manifest:
         """Raises StoreError if there is no manifest, or not one that `build` writes."""
         path = folder / MANIFEST
         if not path.is_symlink() and not path.exists():
-            unfinished = (folder / PLAN).exists()
-            why = (
-                "is unfinished; run its build again"
-                if unfinished
-                else f"has no {MANIFEST}; give the --out of a build"
-            )
+            if (folder / PLAN).exists():
+                why = "is unfinished; run its build again"
+            elif folder.exists():
+                why = f"has no {MANIFEST}; give the --out of a build"
+            else:
+                why = "does not exist; give the --out of a build"
             raise StoreError(f"the target store {folder} {why}.")
         try:
             content = read_json(path, within=folder, largest=LARGEST_MANIFEST)

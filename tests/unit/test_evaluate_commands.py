@@ -339,6 +339,16 @@ def test_prompts_are_read_once(folder, tmp_path, monkeypatch):
     assert reads == [prompts]
 
 
+def test_answers_that_can_hardly_be_long_enough_are_warned_of_before_the_first(folder, tmp_path):
+    """The anchors' texts have 120 words, some 156 tokens."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    files = ("--prompts", tmp_path / "prompts.txt", "--anchors", folder / "anchors")
+    words = ("run", "http://127.0.0.1:1", *files, "--out", tmp_path / "out", "--max-tokens")
+    warning = "Warning: of answers of at most 130 tokens few have the 120 words of the anchors"
+    assert warning in run(*words, 130).output
+    assert "Warning" not in run(*words, 200).output
+
+
 def test_the_plots_of_the_report_are_also_written_as_files(folder, tmp_path):
     """No server is needed: the answers are stored."""
     pytest.importorskip("matplotlib", reason="no matplotlib: pip install 'dftserve[plots]'")

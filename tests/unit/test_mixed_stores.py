@@ -553,7 +553,7 @@ def other_template(folder: Path) -> str:
 
 def missing(folder: Path) -> str:
     shutil.rmtree(folder / "answers")
-    return f"{folder / 'answers'} has no manifest.json"
+    return f"{folder / 'answers'} does not exist"
 
 
 def no_heldout(folder: Path) -> str:

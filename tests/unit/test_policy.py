@@ -491,7 +491,7 @@ def test_capabilities_report_the_caps(set_policy):
         ("server: {levle: 1}", "did you mean 'level'"),
         ("sever: {}", "did you mean 'server'"),
         ("on_excess: refuse", "accepted: reject, clamp"),
-        ("server: {level: 2}", "server: level: got 2; accepted: a number from 0 to 1"),
+        ("server: {level: 2}", "server.level: got 2; accepted: a number from 0 to 1"),
         ("server: {level: yes}", "server.level"),
         ("server: {max_temperature: 0}", "above 0"),
         ("server: {dry_multiplier: 9}", "from 0 to 5"),

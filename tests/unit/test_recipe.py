@@ -192,7 +192,7 @@ SERVED = {"served": {"url": "http://x", "model": "m"}}
                 ({"folds": 1}, "folds: got 1; accepted: from 2"),
                 ({"shrinkage": -1}, "shrinkage: got -1"),
                 ({"bins": {"matches": [1]}}, "bins: got the key 'matches'.*did you mean 'match'"),
-                ({"bins": {"match": [3, 1]}}, r"bins: match: got \[3.*\]; accepted: numbers that"),
+                ({"bins": {"match": [3, 1]}}, r"bins\.match: got \[3.*\]; accepted: numbers that"),
                 ({"bins": {"match": list(range(513))}}, "bins: got edges of .* at most 512"),
                 ({"others": [{"techer": {}}]}, r"others\[0\]: got the key 'techer'.*'teacher'"),
                 ({"others": [{"references": {}}]}, r"others\[0\]: got references, which hold"),
@@ -213,7 +213,7 @@ SERVED = {"served": {"url": "http://x", "model": "m"}}
         *(
             ({"source": {"principles": {"teacher": {"model": "m"}, **wrong}}}, message)
             for wrong, message in [
-                ({"principles": {}}, "principles: principles: got {}; accepted: a text for each"),
+                ({"principles": {}}, "principles.principles: got {}; accepted: a text for each"),
                 ({"principles": {"a": " "}}, "principles.a: got ' '; accepted: a text, not empty"),
                 (
                     {"principles": {"dry": "x"}, "weights": {"dyr": 1.0}},

@@ -315,6 +315,8 @@ def test_verify_names_a_missing_file(tmp_path):
 def test_a_folder_without_a_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"has no manifest\.json"):
         TargetStore(tmp_path)
+    with pytest.raises(StoreError, match="does not exist"):
+        TargetStore(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"plan": {}}', "[" * 100_000])

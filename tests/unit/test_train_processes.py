@@ -310,7 +310,7 @@ def test_a_machine_without_the_targets_is_refused_on_both(run, tmp_path):
     lacking = save_config(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
     for code, output in train_on_two_machines(complete, lacking):
         assert code != 0
-        assert f"{tmp_path / 'no'} has no manifest.json" in output
+        assert f"{tmp_path / 'no'} does not exist" in output
     assert not Path(config.output).exists()
 
 
@@ -421,7 +421,7 @@ def test_an_output_that_is_not_shared_is_refused_in_all_processes(
 def test_a_refusal_in_one_process_is_reported_in_the_other(here, tmp_path, monkeypatch):
     lacking = replace(here, targets=str(tmp_path / "no"))
     first, second = refusals_of_two_processes(monkeypatch, here, lacking)
-    assert f"{tmp_path / 'no'} has no manifest.json" in second
+    assert f"{tmp_path / 'no'} does not exist" in second
     assert first == f"process 1 on {socket.gethostname()}: {second}"
 
 
