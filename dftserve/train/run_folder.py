@@ -272,12 +272,6 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
                 f"{ELSEWHERE}."
             )
     before, after = found.get(ORIGIN), wanted[ORIGIN]
-    if before is None:
-        raise ValueError(
-            f"{folder} holds a run that was begun by an earlier version, which did not record its "
-            "processes, weights and targets; continue it with that version, or choose another "
-            "output."
-        )
     if not isinstance(before, Mapping) or before.keys() != after.keys():
         raise ValueError(f"{folder / SETTINGS} is not what a run writes; {ELSEWHERE}.")
     if before["processes"] != after["processes"]:

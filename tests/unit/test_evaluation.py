@@ -372,18 +372,6 @@ def test_what_depends_on_a_difference_of_the_runs_is_left_out_with_the_reason(
     assert ("of the way from a to human" in found.render()) == (field != "phrases")
 
 
-def test_phrases_that_an_earlier_version_did_not_record_are_taken_for_the_same(result, tmp_path):
-    first = write(result, tmp_path / "a.json")
-    given = json.loads(first.read_text())
-    del given["phrases"]
-    (tmp_path / "b.json").write_text(json.dumps(given))
-    compared = compare(first, tmp_path / "b.json")
-    assert [row.title for row in compared.levels[0][1]] == [
-        row.title for row in compare(first, first).levels[0][1]
-    ]
-    assert "earlier version" in compared.render()
-
-
 def test_the_digest_of_phrases_is_that_of_the_set():
     phrases = ["a testament to", "rich tapestry", "a tapestry"]
     assert Phrases.of(phrases).digest == Phrases.of(phrases[::-1]).digest

@@ -278,7 +278,7 @@ def unknown_weights_warning(request_grid: RequestGrid, folder: Path) -> str | No
         return None
     return (
         f"The answers in {folder} are assumed to be {request_grid.model}'s: whether its weights "
-        "have changed since is not known, as neither servers nor earlier versions report it."
+        "have changed since is not known, as servers do not report it."
     )
 
 

@@ -52,7 +52,7 @@ class Comparison:
     """(diversity, the share of the gap between a's rate of AI phrases and the human rate that b
     closed); None if there is no gap, or the two counted other phrases."""
     notes: tuple[str, ...] = ()
-    """Why measures were left out, and what is not known of the runs."""
+    """Why measures were left out."""
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n"
@@ -95,7 +95,7 @@ def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     for pair in shared:
         modes = [level["side"]["score"]["by_prompt"] for level in pair]
         _same("texts compared within prompts", *modes)
-    differing = tuple(name for name in ADVICE if _differ(name, first, second))
+    differing = tuple(name for name in ADVICE if first[name] != second[name])
     names = [name for name in MEASURES if not set(differing) & set(MEASURES[name].depends)]
     gaps = [(x["diversity"], _cut(x, y, first["human"])) for x, y in shared]
     return Comparison(
@@ -109,14 +109,6 @@ def _compared(first: Mapping, second: Mapping, where: str) -> Comparison:
     )
 
 
-def _differ(name: str, first: Mapping, second: Mapping) -> bool:
-    """Whether two results have other values of a field that measures depend on. The phrases of
-    earlier versions' results are not known, and taken for the same."""
-    if name == PHRASES and None in (first.get(name), second.get(name)):
-        return False
-    return first[name] != second[name]
-
-
 def _notes(differing: Sequence[str], first: Mapping, second: Mapping) -> Iterator[str]:
     for name in differing:
         titles = [each.title for each in MEASURES.values() if name in each.depends]
@@ -124,11 +116,6 @@ def _notes(differing: Sequence[str], first: Mapping, second: Mapping) -> Iterato
             f"Left out: {', '.join(titles)}: they depend on `{name}`, which is "
             f"{str(first[name])[:40]} in a and {str(second[name])[:40]} in b; to compare them, "
             f"{ADVICE[name]}."
-        )
-    if None in (first.get(PHRASES), second.get(PHRASES)):
-        yield (
-            "A result of an earlier version does not record its `--phrases`: AI phrases can be "
-            "compared only if both runs counted the same."
         )
 
 
@@ -186,11 +173,8 @@ def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
 
 
 def _estimate(given: Mapping) -> Estimate:
-    """Drop `left_out` if the file does not identify its prompts, as in earlier versions: the
-    estimate is then not paired."""
-    parts = given.get("parts", "")
-    left_out = tuple(given["left_out"]) if parts else ()
-    return Estimate(given["value"], given["low"], given["high"], left_out, parts)
+    left_out = tuple(given["left_out"])
+    return Estimate(given["value"], given["low"], given["high"], left_out, given["parts"])
 
 
 def _same(what: str, a: object, b: object) -> None:

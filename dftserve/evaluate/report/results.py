@@ -77,7 +77,7 @@ class Result:
     """Number of texts on each side, for measures that depend on it."""
     embeddings: str | None
     phrases: str
-    """A digest of the counted phrases. Results of earlier versions lack it."""
+    """A digest of the counted phrases."""
     human: Side
     levels: tuple[Level, ...]
     cost: dict[str, float]
