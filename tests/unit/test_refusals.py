@@ -85,6 +85,15 @@ def test_a_misspelt_field_is_refused(name):
         assert not params_of(**{key: None}).extra_args
 
 
+def test_a_misspelt_diversity_is_refused_in_vllm_xargs_too():
+    for key in SLIPS["diversity"]:
+        error = refused(vllm_xargs={"other": 1, key: "0.5"})
+        assert error.parameter == "diversity"
+        assert repr(key) in str(error)
+    for key in (*SLIPS["style"], *OTHERS):
+        assert params_of(vllm_xargs={key: "0.5"}).extra_args == {key: "0.5"}
+
+
 def test_a_misspelt_field_is_refused_with_beam_search():
     to_beam_search_params = request_params.refuse_beam_search(
         CompletionRequest.to_beam_search_params

@@ -1,10 +1,10 @@
 """The request fields: from the body to SamplingParams, or to a 400 that states what is accepted."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial, wraps
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from dftserve import spec
@@ -220,13 +220,11 @@ def _allowed(request: Any) -> policy.Allowed:
 
 def _refuse_misspelt(request: Any) -> None:
     """Refuse unknown keys, which vLLM would silently ignore, that look like a misspelt field, if
-    the field would have been honoured."""
-    given = request.model_extra or {}
-    slips = (
-        (key, name)
-        for key, value in islice(given.items(), MOST_UNKNOWN)
-        for name in (DIVERSITY, STYLE)
-        if value is not None and spec.is_slip_of(key, name)
+    the field would have been honoured. In `vllm_xargs`, which is other plug-ins' too, only those
+    that look like `diversity`: `Style` may be theirs."""
+    slips = chain(
+        _slips(request.model_extra, (DIVERSITY, STYLE)),
+        _slips(getattr(request, "vllm_xargs", None), (DIVERSITY,)),
     )
     key, name = next(slips, (None, None))
     if name is not None and engine.refusal() is None:
@@ -235,6 +233,14 @@ def _refuse_misspelt(request: Any) -> None:
             f"mean {name!r}?"
         )
         raise _bad_request(message, name)
+
+
+def _slips(given: Mapping[str, object] | None, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The keys that are a slip of a name, each with that name."""
+    for key, value in islice((given or {}).items(), MOST_UNKNOWN):
+        for name in names:
+            if value is not None and spec.is_slip_of(key, name):
+                yield key, name
 
 
 def _asked(request: Any) -> spec.Diversity | None:
