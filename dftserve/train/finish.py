@@ -63,7 +63,12 @@ def finish(
     seen = profile(prepared.loaded.language_model, config, material)
     info = checkpoint_info(config, seen, source)
     if info.diversity is not None:
-        processes.say(f"Suggested: diversity {info.diversity.level:g} (dft.json).")
+        level = info.diversity.level
+        processes.say(
+            f"Suggested: diversity {level:g} (dft.json): the model's mean entropy is "
+            f"{seen.by_level[level]:.2f} nats at it, {seen.model_mean:.2f} without; the target's "
+            f"is {seen.target_mean:.2f}."
+        )
     data = {
         "model": Path(config.model).name,
         "weights": material.weights,
