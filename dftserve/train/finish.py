@@ -62,8 +62,7 @@ def finish(
         processes.say(f"Measuring {what}, on held-out text.")
     seen = profile(prepared.loaded.language_model, config, material)
     info = checkpoint_info(config, seen, source)
-    if info.diversity is not None:
-        level = info.diversity.level
+    if info.diversity is not None and (level := info.diversity.level) is not None:
         processes.say(
             f"Suggested: diversity {level:g} (dft.json): the model's mean entropy is "
             f"{seen.by_level[level]:.2f} nats at it, {seen.model_mean:.2f} without; the target's "
