@@ -14,6 +14,8 @@ from typing import Literal
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 INTERVALS = 5
 """Approximate number of intervals between the ticks of a linear axis."""
+SMALLEST = 1e-280
+"""Smaller numbers count as 0: the steps of an axis of them would not be normal numbers."""
 FEW_DECADES = 2
 """A logarithmic axis of at most this many decades also has ticks at 2 and 5."""
 SERIES = 5
@@ -159,8 +161,8 @@ def linear(
     sides."""
     numbers = [*values, *(end for end in (low, high) if end is not None)]
     least, most = min(numbers, default=0.0), max(numbers, default=1.0)
-    if least == most:
-        most = least + (abs(least) or 1.0)
+    if most - least < SMALLEST:
+        most = least + (abs(least) if abs(least) >= SMALLEST else 1.0)
     step = _step((most - least) / INTERVALS)
     first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -178,7 +180,7 @@ def _step(rough: float) -> float:
 
 def logarithmic(title: str, values: Iterable[float]) -> Axis:
     """An axis for non-negative numbers: those above 0 are inside, 0 is at the edge with a tick."""
-    numbers = list(values)
+    numbers = [number if number >= SMALLEST else 0.0 for number in values]
     above = [number for number in numbers if number > 0] or [1.0]
     low, high = min(above) / 3, max(above) * 1.5
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -43,7 +43,8 @@ def test_random_bodies_are_answered_as_by_stock_or_refused(v1, v1_stock, record_
 
 @pytest.mark.parametrize("path", BASES)
 def test_bodies_drawn_from_the_servers_schema(v1, v1_stock, path, record_values):
-    """Without the field or with a valid level the status is stock's; a wrong level gets a 400."""
+    """Without the field or with a valid level the status is stock's; a wrong level gets a 400,
+    unless vLLM fails at the body itself, before the field is read."""
     pytest.importorskip("schemathesis")
     from tests.schema_bodies import drawn
 
@@ -60,10 +61,13 @@ def test_bodies_drawn_from_the_servers_schema(v1, v1_stock, path, record_values)
     ]
     requests = [(one.path, one.body) for one in variants]
     stock, ours = (gather_bytes(engine, requests) for engine in (v1_stock, v1))
+    # Each body's first variant has no field.
+    fails = [answer.status_code >= 500 for answer in stock[::3] for _ in range(3)]
     wrong = [
         f"{problem}\n{_shown(one, expected, got)}"
-        for one, expected, got in zip(variants, stock, ours, strict=True)
+        for one, expected, got, at_itself in zip(variants, stock, ours, fails, strict=True)
         if (problem := complaint(one, expected, got))
+        and not (at_itself and got.status_code == expected.status_code)
     ]
     record_values(bodies=len(bodies), accepted=sum(answer.status_code == 200 for answer in stock))
     assert len(bodies) == BODIES_BY_SCHEMA

@@ -506,7 +506,7 @@ def test_the_plan_shows_the_share_of_each_store(run):
         ("[{weight: 1}]", r"targets\[0\]\.path: got nothing; accepted: a text"),
         (
             "[{path: a, weight: 0}]",
-            r"targets\[0\]: weight: got 0; accepted: a number from 1e-09",
+            r"targets\[0\]\.weight: got 0; accepted: a number from 1e-09",
         ),
         ("[{path: a, weight: -1}]", r"weight: got -1; accepted: a number from 1e-09 to 1e\+09\."),
         ("[{path: a, weight: 1.0e-10}]", "weight: got 1e-10; accepted: a number from 1e-09"),

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dftserve.cli import main
@@ -87,6 +87,10 @@ def test_a_logarithmic_axis_has_positive_values_inside_and_0_at_its_edge(values)
 
 
 @given(NUMBERS, st.booleans(), st.booleans())
+@example([2.2250738585072014e-308], False, False)
+@example([5e-324], False, False)
+@example([5e-324], True, False)
+@example([0.0, 1e-300, 3e-290], False, True)
 def test_positions_are_monotonic_in_the_value(values, is_log, is_flipped):
     made = logarithmic("a", map(abs, values)) if is_log else linear("a", values)
     axis = replace(made, is_flipped=is_flipped)
