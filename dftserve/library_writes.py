@@ -1,8 +1,4 @@
-"""Failed writes of the libraries that save models: each raises an error of its own for a full disk.
-
-with writing(folder):
-    model.save_pretrained(folder)
-"""
+"""Failed writes of the libraries that save models: each has an error of its own for a full disk."""
 
 import re
 from collections.abc import Iterator

@@ -208,13 +208,13 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         activation_bytes=activations,
         head_bytes=2 * 4 * CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]),
         disk_bytes=_disk_bytes(
-            config, whole, 4 * trained, optimizer_bytes, prepared.companion_bytes
+            config, whole, 4 * trained, optimizer_bytes, prepared.tokenizer_bytes
         ),
     )
 
 
 def _disk_bytes(
-    config: TrainConfig, whole: int, trained: int, optimizer: int, companions: int
+    config: TrainConfig, whole: int, trained: int, optimizer: int, tokenizer: int
 ) -> int:
     """The checkpoints to resume from and the final one. With adapters the former have no other
     weights, and the latter has the adapters besides the merged weights.
@@ -222,8 +222,8 @@ def _disk_bytes(
     Args:
         whole, trained: bytes of all weights and of the trained ones, in float32.
     """
-    kept = _most_checkpoints(config) * (trained + optimizer + companions)
-    return kept + whole + companions + (0 if config.lora is None else trained)
+    kept = _most_checkpoints(config) * (trained + optimizer + tokenizer)
+    return kept + whole + tokenizer + (0 if config.lora is None else trained)
 
 
 def _most_checkpoints(config: TrainConfig) -> int:

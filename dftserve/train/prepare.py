@@ -57,7 +57,7 @@ class Prepared:
     """Why each row has one document although the configuration enables packing; None if packed."""
     process_bytes: int
     """Resident before the model was loaded: interpreter, libraries, tokenizer, store."""
-    companion_bytes: int
+    tokenizer_bytes: int
     """The tokenizer and configurations in a checkpoint."""
 
 
@@ -83,8 +83,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.feature_matching is not None:
         _check_anchors(config.feature_matching, material)
         continuations.check(loaded.language_model, material.longest)
-    companions = try_save(loaded.language_model.model, material.tokenizer, material.found.name)
-    return Prepared(material, cast_frozen_weights(loaded, config), reason, resident, companions)
+    saved = try_save(loaded.language_model.model, material.tokenizer, material.found.name)
+    return Prepared(material, cast_frozen_weights(loaded, config), reason, resident, saved)
 
 
 def _check_anchors(matching: FeatureMatchingConfig, material: Material) -> None:

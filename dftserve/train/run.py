@@ -82,7 +82,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
             material=material,
             not_packed_because=prepared.not_packed_because,
             process_bytes=prepared.process_bytes,
-            companion_bytes=prepared.companion_bytes,
+            tokenizer_bytes=prepared.tokenizer_bytes,
         )
         del prepared
         config = target_weight.choose(config, material, output, tried)
