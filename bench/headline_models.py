@@ -35,17 +35,14 @@ from functools import cache
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import target_stores
-import torch
 from model_option import model_option
 from real_answers import STORIES, data_folder, prompt_set
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dftserve import atomic
 from dftserve.checkpoint import FINAL
 from dftserve.evaluate.benchmark import tasks
 from dftserve.evaluate.text.windows import Sample
@@ -56,6 +53,7 @@ from dftserve.targets.document import Document
 from dftserve.targets.run import Material
 from dftserve.train.config import DivergenceConfig, FeatureMatchingConfig, TrainConfig
 from dftserve.train.cross_fit import train_folds
+from dftserve.train.interpolate import interpolate
 from dftserve.train.run import train
 
 BASE, START, SFT, HALF_WAY_BACK = "base", "start", "sft", "half way back"
@@ -218,20 +216,6 @@ def settings(model: Path, divergence: DivergenceConfig, *, epochs: int, seed: in
     )
 
 
-def mean_of(folders: Sequence[Path], output: Path) -> Path:
-    """Make a model whose weights are the mean of those in `folders`."""
-    models: list[Any] = [
-        AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in folders
-    ]
-    states = [each.state_dict() for each in models]
-    mean = {name: sum(state[name] for state in states) / len(states) for name in states[0]}
-    models[0].load_state_dict(mean)
-    with atomic.folder(output) as made:
-        models[0].save_pretrained(made)
-        AutoTokenizer.from_pretrained(folders[0]).save_pretrained(made)
-    return output
-
-
 def label(name: str, seed: int) -> str:
     """The name of a model's folder. Models not tuned on human stories do not depend on the seed."""
     return name if name in (BASE, START) else f"{name} {seed}".replace(" ", "-")
@@ -255,7 +239,9 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
     if place.exists():
         return place
     if name in MEANS:
-        return mean_of([make(each, base, folder, seed, texts) for each in MEANS[name]], place)
+        tuned, other = (str(make(each, base, folder, seed, texts)) for each in MEANS[name])
+        interpolate(tuned, other, share=0.5, out=place)
+        return place
     tokenizer = AutoTokenizer.from_pretrained(base)
     if name == START:
         sides = {"train": documents(islice(model_answers(data_folder()), texts), tokenizer)}

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dftserve import __version__, atomic
 from dftserve.bounded_files import (
@@ -38,6 +38,9 @@ from dftserve.bounded_files import (
 )
 from dftserve.digest import digest_of, joined_digest, text_digest
 from dftserve.spec import CHECKSUMS, CheckpointInfo
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RUN, CARD = "run.json", "README.md"
 FINAL, RUN_SETTINGS = "final", "settings.json"
@@ -95,10 +98,17 @@ class Run:
 
 
 def describe(folder: Path, info: CheckpointInfo, run: Run) -> None:
+    """Write dft.json, run.json and the model card of a tuned model into its folder."""
+    write_description(folder, info, run, _card(info, run))
+
+
+def write_description(
+    folder: Path, info: CheckpointInfo, run: "DataclassInstance", card: str
+) -> None:
     """Write dft.json, run.json and the model card into a folder of weights."""
     info.write(folder)
     text = json.dumps(asdict(run), indent=2, ensure_ascii=False)
-    for name, content in ((RUN, text + "\n"), (CARD, _card(info, run))):
+    for name, content in ((RUN, text + "\n"), (CARD, card)):
         # A path on the command line may have bytes that are not UTF-8, which Python represents by
         # surrogates. As escapes they are valid JSON.
         (folder / name).write_text(content, encoding="utf-8", errors="backslashreplace")
@@ -322,7 +332,7 @@ FORMATS = re.compile(r"[\\`*\[\]<>~|&]|(?<![^\W_])_|_(?![^\W_])")
 """Characters that Markdown may interpret as formatting; not `_` within a word."""
 
 
-def _unformatted(text: str) -> str:
+def unformatted(text: str) -> str:
     """Escape the text for Markdown and put it on one line."""
     return FORMATS.sub(r"\\\g<0>", " ".join(text.split()))
 
@@ -330,7 +340,7 @@ def _unformatted(text: str) -> str:
 def _metric_name(name: str) -> str:
     """`human_nll/my_store` → `human nll/my_store`: a store's name follows the slash."""
     metric, slash, store = name.partition("/")
-    return metric.replace("_", " ") + slash + _unformatted(store)
+    return metric.replace("_", " ") + slash + unformatted(store)
 
 
 def _objective(settings: Mapping[str, Any]) -> str:
@@ -349,12 +359,12 @@ def _card(info: CheckpointInfo, run: Run) -> str:
         "tags: [distribution-fine-tuning, dftserve]",
         "---",
         "",
-        f"# Tuned from {_unformatted(base)}",
+        f"# Tuned from {unformatted(base)}",
         "",
         "Distribution Fine-Tuning: the model was tuned toward a distribution over next tokens, by "
         f"{_objective(run.settings)}, for {run.steps} steps.",
         "",
-        f"- Target: {_unformatted(info.recipe)}",
+        f"- Target: {unformatted(info.recipe)}",
         *(f"- {_metric_name(name)}: {value:.4f}" for name, value in run.metrics.items()),
     ]
     if info.diversity is not None:

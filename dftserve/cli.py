@@ -452,7 +452,7 @@ main.add_command(style)
 
 @main.group()
 def checkpoint() -> None:
-    """Verify checkpoints, and scale adapters."""
+    """Verify checkpoints, interpolate their weights, and scale adapters."""
 
 
 @checkpoint.command("verify")
@@ -466,6 +466,29 @@ def checkpoint_verify(folder: Path) -> None:
         click.echo(f"{folder}: {found.files} files, all match their checksums.")
         if found.beside:
             click.echo(f"Not checked, added by the hub: {', '.join(found.beside)}.")
+
+
+@checkpoint.command("interpolate")
+@click.argument("tuned")
+@click.argument("other")
+@click.option("--share", default=0.5, show_default=True, help="Of TUNED, above 0 and below 1.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
+def checkpoint_interpolate(tuned: str, other: str, share: float, out: Path) -> None:
+    """Write a model between TUNED and OTHER to DIR: each weight is SHARE times that of TUNED plus
+    1 - SHARE times that of OTHER.
+
+    Both are models of one architecture with the same tokens, such as a tuned model and the one
+    that it was tuned from.
+    """
+    with usage_errors():
+        tuned, other = model_of(tuned), model_of(other)
+        from transformers.utils import logging
+
+        from dftserve.train.interpolate import interpolate
+
+        logging.disable_progress_bar()  # Of loading and saving weights.
+        interpolate(tuned, other, share=share, out=out)
+        click.echo(out)
 
 
 @checkpoint.command("scale")

@@ -78,9 +78,11 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_path(model: str | Path) -> None:
-    """Raises ValueError if `model` is written as a path and there is no such folder."""
+    """Raises ValueError if `model` is written as a path and there is no such folder, or if it is
+    the folder of a run, whose checkpoint is the model."""
     text = str(model)
     if Path(text).is_dir():
+        _check_not_a_run(Path(text))
         return
     first = Path(text).parts[0] if Path(text).parts else ""
     is_path = (
@@ -96,6 +98,14 @@ def check_path(model: str | Path) -> None:
     if is_path:
         raise ValueError(
             f"model: got {text!r}; there is no such folder{_near(Path(text))}; give the model's."
+        )
+
+
+def _check_not_a_run(folder: Path) -> None:
+    checkpoint = folder / "final"
+    if (checkpoint / CONFIG).exists() and not (folder / CONFIG).exists():
+        raise ValueError(
+            f"model: got {str(folder)!r}, the folder of a run; give its checkpoint, {checkpoint}."
         )
 
 

@@ -209,10 +209,10 @@ def _check_files(model: str) -> None:
         from dftserve import checkpoint
 
         checkpoint.verify(Path(model))
+    if "://" not in model:  # vLLM has loaders for buckets.
+        check_path(model)
     if Path(model).is_dir():
         check_model_folder(Path(model))
-    elif "://" not in model:  # vLLM has loaders for buckets.
-        check_path(model)
 
 
 def _plugin_settings(

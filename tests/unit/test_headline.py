@@ -2,12 +2,10 @@
 and kept likelihoods."""
 
 import importlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tiny_model import save_model, save_tokenizer
 
@@ -59,26 +57,6 @@ def test_the_answer_is_trained_on_without_its_end(tokenizer):
     assert document.tokens_N.tolist() == [1, 10, 11, 2, 3, 20, 21]
     assert document.labels_T.tolist() == [20, 21]
     assert document.group == "w10 w11"
-
-
-def test_mean_of_averages_the_weights(tmp_path, tokenizer):
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder, scale in zip(folders, (1.0, 3.0), strict=True):
-        save_model(folder, 64)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.mul_(scale)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    mean = models.mean_of(folders, tmp_path / "mean")
-    one, found = (
-        AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32).state_dict()
-        for each in (folders[0], mean)
-    )
-    for name, weight in found.items():
-        np.testing.assert_allclose(weight, 2 * one[name], rtol=0.01, err_msg=name)
-    assert Path(mean, "tokenizer.json").exists()
 
 
 def test_likelihoods_are_computed_once_for_the_same_texts(tmp_path, tokenizer, monkeypatch):

@@ -68,6 +68,32 @@ def test_every_command_suggests_the_closest_name(command, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+MORE_COMMANDS = """
+serve tinylama --dry-run
+checkpoint interpolate tinylama model --out out
+checkpoint interpolate model tinylama --out out
+style build texts --model tinylama --answers answers.jsonl --out out
+evaluate tinylama --prompts texts --anchors anchors --out out
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("command", COMMANDS + MORE_COMMANDS)
+def test_every_command_names_the_checkpoint_of_a_run(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("dftserve.serve._command", lambda: "vllm")
+    monkeypatch.chdir(tmp_path)
+    for name in ("tinylama/final", "model", "texts", "store", "anchors"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "tinylama" / "final" / "config.json").write_text("{}")
+    (tmp_path / "texts" / "a.txt").write_text("The old river runs under the garden wall. " * 9)
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "A", "response": "B"}\n')
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 2
+    assert "got 'tinylama', the folder of a run; give its checkpoint, tinylama/final." in " ".join(
+        result.output.split()
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_arguments_are_reported_before_slow_imports(tmp_path):
     """The imports take half a minute on a busy machine."""
     (tmp_path / "texts").mkdir()

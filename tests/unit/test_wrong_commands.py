@@ -62,6 +62,8 @@ train --set model=m --set targets=t --set output=o --set steps=many
 train --set model=m --set targets=t --set output=o --set divergence.name=kl
 checkpoint verify empty
 checkpoint verify nowhere
+checkpoint interpolate empty nowhere --out out
+checkpoint interpolate empty empty --share 1 --out out
 serve --port 8000 m
 serve m --default-diversity 7
 serve m --default-diversity checkpoint
