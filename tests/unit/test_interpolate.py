@@ -1,6 +1,7 @@
 """An interpolated model has the weights between two models', and everything else of the first."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_each_weight_is_the_weighted_mean(family, tied, tmp_path):
 
 def test_half_precision_is_rounded_once_and_kept(two, tmp_path):
     for folder in two:
-        model = AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         model.save_pretrained(folder)
     interpolate(*map(str, two), share=0.5, out=tmp_path / "out")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in two)
@@ -138,16 +139,16 @@ def test_settings_that_differ_by_less_than_float32_are_the_same(two, tmp_path):
 # ── Refused ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def refused(tuned: Path, other: Path, out: Path, share: float = 0.5) -> str:
+def refused(models: Iterable[Path], out: Path, share: float = 0.5) -> str:
     with pytest.raises((ValueError, OSError)) as error:
-        interpolate(str(tuned), str(other), share=share, out=out)
+        interpolate(*map(str, models), share=share, out=out)
     assert not out.exists()
     return str(error.value)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1.5, float("nan"), float("inf")])
 def test_a_share_that_is_not_between_two_models(share, two, tmp_path):
-    assert "share: got" in refused(*two, tmp_path / "out", share)
+    assert "share: got" in refused(two, tmp_path / "out", share)
 
 
 def test_an_existing_output_is_not_touched(two, tmp_path):
@@ -171,19 +172,19 @@ def test_an_existing_output_is_not_touched(two, tmp_path):
 def test_models_that_compute_something_else_from_their_weights(settings, two, tmp_path):
     """Some of these leave every shape as it is, so the mean would be a broken model."""
     change(two[1], **settings)
-    message = refused(*two, tmp_path / "out")
+    message = refused(two, tmp_path / "out")
     assert "config.json" in message
     assert next(iter(settings)) in message
 
 
 def test_models_of_two_families(tmp_path):
     models = save_model(tmp_path / "a"), save_model(tmp_path / "b", "mistral")
-    assert "model_type" in refused(*models, tmp_path / "out")
+    assert "model_type" in refused(models, tmp_path / "out")
 
 
 def test_tied_and_untied_weights(tmp_path):
     models = (save_model(tmp_path / f"{tied}", tied=tied) for tied in (True, False))
-    assert "tie_word_embeddings" in refused(*models, tmp_path / "out")
+    assert "tie_word_embeddings" in refused(models, tmp_path / "out")
 
 
 def test_tokens_with_other_ids(two, tmp_path):
@@ -192,15 +193,15 @@ def test_tokens_with_other_ids(two, tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
     path.write_text(json.dumps(content))
-    assert "'w3', 'w4'" in refused(*two, tmp_path / "out")
+    assert "'w3', 'w4'" in refused(two, tmp_path / "out")
 
 
 def test_a_model_and_itself(two, tmp_path):
-    assert "the same weights" in refused(two[0], two[0], tmp_path / "out")
+    assert "the same weights" in refused((two[0], two[0]), tmp_path / "out")
 
 
 def test_a_run_in_place_of_its_checkpoint_names_the_checkpoint(two, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     two[0].rename(run / "final")
-    assert str(run / "final") in refused(run, two[1], tmp_path / "out")
+    assert str(run / "final") in refused((run, two[1]), tmp_path / "out")
