@@ -4,6 +4,7 @@ weight."""
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,9 @@ def _check_strengths(strengths: Sequence[float]) -> None:
 
 def _settings(adapter: Path) -> dict[str, Any]:
     path = adapter / CONFIG
+    if not os.path.lexists(path):
+        advice = "name the folder of a LoRA adapter, such as run/final/adapter of a run with `lora`"
+        raise FileError(f"{path}: there is no such file", advice)
     found = read_json(path, within=adapter, largest=LARGEST_CONFIG)
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         kind = found.get("peft_type") if isinstance(found, dict) else found

@@ -308,9 +308,9 @@ def _select_documents(heldout: Sequence[Document], tokens: int) -> list[Document
     if len(groups) < LEAST_DOCUMENTS or counted < LEAST_TOKENS:
         raise ValueError(
             f"{KIND}: got {counted:,} trained tokens of held-out text, of {len(groups)} texts that "
-            f"are no copies of one another; accepted: {LEAST_TOKENS:,} of {LEAST_DOCUMENTS} at "
-            "least, since weights are fitted and tested on them. Hold out more (--heldout 0.2), or "
-            "give more text."
+            f"are no copies of one another; accepted: at least {LEAST_TOKENS:,} tokens of at least "
+            f"{LEAST_DOCUMENTS} texts, since weights are fitted and tested on them. Hold out more "
+            "(a larger --heldout, or --heldout-from), or give more text."
         )
     chosen, taken = [], 0
     for document in _interleaved(trained):

@@ -337,7 +337,9 @@ def begin(folder: Path, wanted: Plan) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / PLAN, _json(asdict(wanted)))
         return
-    if other := difference(found, json.loads(_json(asdict(wanted)))):
+    here = json.loads(_json(asdict(wanted)))
+    here["source"] = here.pop("source")  # Last, since it may have only a digest of the corpus.
+    if other := difference(found, here):
         raise StoreError(
             f"{folder} holds a store of another plan: {other}. Choose another folder, "
             "or remove this one."

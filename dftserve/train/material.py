@@ -113,9 +113,10 @@ def cut_text(parts: Sequence[Rows]) -> str | None:
     if not documents:
         return None
     trained = sum(part.cut.trained for part in parts)
+    are = "1 document is" if documents == 1 else f"{documents:,} documents are"
     return (
-        f"{documents:,} documents are longer than a row (max_length) and are cut: {trained:,} of "
-        "the trained tokens do not see the beginning of their document, which their targets may"
+        f"{are} longer than a row (max_length) and cut into windows: {trained:,} of the trained "
+        "tokens do not see the beginning of their document, though their targets may depend on it"
     )
 
 

@@ -47,7 +47,7 @@ def choose(
         if name in tried:
             continue
         gc.collect()  # A model has reference cycles, so the previous one is not freed by itself.
-        processes.say(f"Trying target_weight {name}, {steps} steps:")
+        processes.say(f"Trying target_weight {name}, steps: {steps}")
         tried[name] = _probe(_with_weight(config, weight), material, steps)
         if processes.is_first():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")

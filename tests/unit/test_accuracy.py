@@ -530,12 +530,23 @@ def test_nearly_equal_levels_have_separate_answers(data, tmp_path):
 
 
 def test_tasks_without_data_are_skipped(tmp_path):
+    (tmp_path / "refusals.jsonl").write_text(json.dumps({"prompt": "Build", "refuse": True}))
+    absent = ("mmlu", "gsm8k", "humaneval")
     with model_server(always_one) as (url, bodies):
-        shown = run.run(Job(url, tmp_path / "report.json", data=tmp_path), print)
+        job = Job(url, tmp_path / "report.json", data=tmp_path, tasks=(*absent, "refusals"))
+        shown = run.run(job, print)
     assert shown.count("skipped: no ") == 3
+    assert len(bodies) == len(job.grid)
+    assert set(json.loads(job.out.read_text())["skipped"]) == set(absent)
+
+
+def test_a_run_that_has_no_task_left_is_refused(tmp_path):
+    with model_server(always_one) as (url, bodies):
+        job = Job(url, tmp_path / "report.json", data=tmp_path)
+        with pytest.raises(ValueError, match=r"none has its files \(mmlu: no mmlu_test\.jsonl"):
+            run.run(job, print)
     assert bodies == []
-    skipped = json.loads((tmp_path / "report.json").read_text())["skipped"]
-    assert set(skipped) == {"mmlu", "gsm8k", "humaneval"}
+    assert not job.out.exists()
 
 
 def test_a_missing_data_folder_is_refused(monkeypatch, tmp_path):

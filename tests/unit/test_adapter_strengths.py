@@ -93,3 +93,11 @@ def test_missing_and_linked_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match=WEIGHTS):
         scale(folder, [0.5], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_an_adapter_is_refused_with_advice(tmp_path):
+    command = ["checkpoint", "scale", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code != 0
+    assert f"{tmp_path / CONFIG}: there is no such file; name the folder" in result.output
+    assert not (tmp_path / "out").exists()

@@ -410,7 +410,7 @@ def test_bins_are_assigned_by_their_edges():
 
 @pytest.mark.parametrize("heldout", [[], HELDOUT[:39], [document([1, 2])] * 40])
 def test_too_little_held_out_text_is_refused(heldout):
-    with pytest.raises(ValueError, match=r"held-out text, of .*; accepted: 1,000 of 40 at.*--held"):
+    with pytest.raises(ValueError, match=r"text, of .*; accepted: at least 1,000 .*--held"):
         make_calibrated(TRUTH, TRAIN, heldout)
 
 
@@ -511,5 +511,5 @@ def test_a_plan_reports_the_measurements(tmp_path, texts, small):
 def test_a_corpus_without_enough_held_out_text_is_refused(tmp_path, texts, small):
     result = build(texts, small, tmp_path / "out", "--heldout", "0.05")
     assert result.exit_code == 2
-    assert "accepted: 1,000 of 40 at least" in result.output
+    assert "accepted: at least 1,000 tokens of at least 40 texts" in result.output
     assert not (tmp_path / "out").exists()

@@ -227,6 +227,8 @@ def test_a_shard_that_no_process_has_written_is_named(tmp_path, small_shards):
         ({"template": "v"}, 'template is null there and "v" here'),
         ({"corpus": {"read": 3}}, "corpus is {} there"),
         ({"source": RandomSource(name="other")}, 'source.kind is "random" there and "other" here'),
+        # A source may have a digest of the corpus; the setting that changed it says more.
+        ({"source": RandomSource(name="other"), "corpus": {"heldout": 0.2}}, "corpus is {} there"),
     ],
 )
 @pytest.mark.parametrize("finished", [True, False])

@@ -759,7 +759,9 @@ def test_cut_documents_are_reported(run, store, packing):
     target_store = TargetStore(store)
     lengths = [length for length in target_store.lengths("train") if length > 16]
     plan = plan_of(config)
-    message = f"{len(lengths):,} documents are longer than a row (max_length) and are cut: "
+    message = (
+        f"{len(lengths):,} documents are longer than a row (max_length) and cut into windows: "
+    )
     assert plan.cut is not None
     assert plan.cut.startswith(message)
     trained_tokens = int(plan.cut.removeprefix(message).split()[0].replace(",", ""))

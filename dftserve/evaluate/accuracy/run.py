@@ -82,13 +82,20 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     A task whose files are missing is skipped, with the reason in the report.
 
     Raises:
-        ValueError: no data, a server without the `diversity` field, or parts of another job.
+        ValueError: no data, no task with its files, a server without the `diversity` field, or
+            parts of another job.
         RuntimeError: no sandbox for HumanEval, or no lm-eval (found before anything is asked); or
             the server refuses or fails.
     """
     data = _data(job)
     skipped = {task: why for task in job.tasks if (why := _missing(task, data)) is not None}
     tasks = [task for task in job.tasks if task not in skipped]
+    if not tasks:
+        reasons = "; ".join(f"{task}: {why}" for task, why in skipped.items())
+        raise ValueError(
+            f"tasks: got {', '.join(job.tasks)}, and none has its files ({reasons}); give --data, "
+            f"or set {DATA} to the folder that has `accuracy`. docs/evaluation.md lists the files."
+        )
     _check_tools(tasks, unsafe=job.unsafe_no_sandbox)
     confined = _sandbox_text(job, tasks)
     if confined is not None:
