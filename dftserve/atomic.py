@@ -23,6 +23,28 @@ def has_only(folder: Path, names: Collection[str]) -> bool:
     return all(path.name in names for path in folder.iterdir())
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before the work whose result it is for.
+    Makes nothing. A disk may refuse it later for other reasons, such as a lack of space.
+
+    Raises:
+        OSError: the folder, or the nearest of its parents that exists, is not a folder, or this
+            process may not write to it.
+    """
+    nearest = folder
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"{folder} cannot be made: Not a directory: {nearest}; choose another folder."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{folder} cannot be written: Permission denied, or a read-only disk: {nearest}; "
+            "choose another folder."
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8; line endings are not translated."""
     write_file(path, lambda temporary: temporary.write_bytes(text.encode()))

@@ -99,12 +99,16 @@ def build(job: Job, say: Say = print) -> Manifest:
     Raises:
         ValueError: the corpus, recipe, model or folder is invalid. Shards that were written are
             reused when the same job is run again.
+        OSError: `job.out` cannot be made or written to; nothing has been read.
         KeyboardInterrupt, SystemExit: stopped by SIGINT or SIGTERM; likewise.
     """
-    if job.engine != LOCAL and not (job.out / store.MANIFEST).exists():
-        from dftserve.targets import on_ray
+    if not (job.out / store.MANIFEST).exists():
+        # A calibrated source is fitted for hours before anything is written.
+        atomic.check_writable(job.out)
+        if job.engine != LOCAL:
+            from dftserve.targets import on_ray
 
-        on_ray.check(_address(job))
+            on_ray.check(_address(job))
     store.refuse_locked(job.out)
     prepared = _prepared(job, say)
     try:

@@ -52,6 +52,7 @@ def cross_fit(
     Raises:
         ValueError: an error in corpus, recipe, model or settings; an unsuitable number of folds; or
             a folder of other students.
+        OSError: the folder cannot be made or written to; the corpus has not been read.
         SystemExit: a signal stopped the trainer after it saved.
     """
     check_folds(folds)
@@ -142,6 +143,8 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
 def _begun(folder: Path) -> CrossFitted | None:
     """The students in a folder, refused before the corpus is read if it holds something else."""
     found = CrossFitted.started(folder)
+    if found is None:
+        atomic.check_writable(folder)
     # A killed process may have left partially written metadata.
     if found is None and not atomic.has_only(folder, {STUDENTS_FILE + atomic.PARTIAL}):
         raise ValueError(f"{folder} is neither empty nor a folder of students; choose another.")

@@ -59,6 +59,7 @@ class RunFolder:
     Raises:
         ValueError: on entering, the folder contains something other than this run, or another
             training writes to it; nothing has been written then.
+        OSError: likewise, if the folder cannot be made or written to.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -67,6 +68,8 @@ class RunFolder:
         self._start_id = secrets.token_hex(16)
 
     def __enter__(self) -> "RunFolder":
+        if processes.is_first():
+            atomic.check_writable(self._folder)
         with contextlib.ExitStack() as opened:
             # First, because reading large weights takes long.
             if (self._folder / LOCK).exists():

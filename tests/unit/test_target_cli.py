@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dftserve import atomic
 from dftserve.cli import main
 from dftserve.corpus.prepare import GIVEN_AGAIN
 from dftserve.targets import on_processes, progress, report, run, signals, store
@@ -348,6 +349,32 @@ def test_the_store_does_not_depend_on_the_paths_of_corpus_and_output(tmp_path, n
     novels.rename(tmp_path / "moved")
     assert build(tmp_path / "moved", model, tmp_path / "b").exit_code == 0
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("command", [["build"], ["students", "--folds", "3"]])
+@pytest.mark.parametrize(
+    ("where", "message"), [("link", "Not a directory"), ("shut/new/out", "Permission denied")]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_corpus_is_read(
+    tmp_path, novels, model, monkeypatch, command, where, message
+):
+    """A calibrated source is fitted, for hours with a large model, before the store is begun."""
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    # Permissions do not apply to root, who may run the tests.
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: Path(path).name != "shut")
+    given = ["--model", model, "--recipe", "creative", "--out", tmp_path / where]
+    result = target(*command, novels, *given)
+    assert result.exit_code == 1
+    assert f"{tmp_path / where} cannot be" in result.output
+    assert message in result.output
+    assert "texts read" not in result.output
+
+
+def test_a_finished_store_that_is_read_only_is_complete(tmp_path, novels, model, monkeypatch):
+    assert build(novels, model, tmp_path / "out").exit_code == 0
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: not mode & os.W_OK)
+    assert "is complete already" in build(novels, model, tmp_path / "out").output
 
 
 def test_an_interrupted_build_resumes(tmp_path, novels, model, small_shards, monkeypatch):

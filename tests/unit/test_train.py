@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import TrainingArguments
 
-from dftserve import checkpoint, digest, pretrained
+from dftserve import atomic, checkpoint, digest, pretrained
 from dftserve.settings import SYNONYMS
 from dftserve.spec import CheckpointInfo
 from dftserve.targets.store import TargetStore
@@ -932,6 +932,36 @@ def test_a_folder_that_is_not_a_run_is_not_touched(run):
     with pytest.raises(ValueError, match="neither empty nor a run"):
         train(run)
     assert os.listdir(run.output) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("file", "Not a directory"),
+        ("file/run", "Not a directory"),
+        ("link", "Not a directory"),
+        ("shut", "Permission denied"),
+        ("shut/new/run", "Permission denied"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch, where, message
+):
+    place = tmp_path / "place"
+    (place / "shut").mkdir(parents=True)
+    (place / "file").write_text("mine")
+    (place / "link").symlink_to(place / "nowhere")
+    # Permissions do not apply to root, who may run the tests.
+    monkeypatch.setattr(atomic.os, "access", lambda path, mode: Path(path).name != "shut")
+    monkeypatch.setattr(pretrained, "load", not_called)
+    with pytest.raises(OSError, match=message):
+        train(replace(run, output=str(place / where)))
+    assert sorted(path.name for path in place.rglob("*")) == ["file", "link", "shut"]
+    assert (place / "file").read_text() == "mine"
+
+
+def not_called(*_: object, **__: object) -> None:
+    pytest.fail("it was called")
 
 
 # ── A folder belongs to one run ──────────────────────────────────────────────────────────────────
