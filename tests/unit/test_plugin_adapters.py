@@ -63,7 +63,7 @@ class Serving(BaseServing):
 
 def adapter_of(request, names=SERVED):
     """The name of the adapter that vLLM would use."""
-    hooked = request_params.take_adapter(BaseServing._maybe_get_adapters)
+    hooked = request_params.select_adapter(BaseServing._maybe_get_adapters)
     adapter = hooked(Serving(*names), request)
     return None if adapter is None else adapter.lora_name
 

@@ -21,24 +21,24 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenAdapter:
     """The adapter chosen for a request's style."""
 
     adapter: Adapter
-    asked: spec.Style
+    requested: spec.Style
     """The requested style, after the operator's policy was applied."""
     clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, str | float]:
         """The `style` object of the answer."""
-        taken = {"adapter": self.adapter.model, "effective_strength": self.adapter.strength}
-        return self.asked.as_dict() | taken
+        chosen = {"adapter": self.adapter.model, "effective_strength": self.adapter.strength}
+        return self.requested.as_dict() | chosen
 
 
 def served(models: Any) -> tuple[Adapter, ...]:
     """The adapters of vLLM's `OpenAIServingModels`, including those loaded at run time."""
     names = list(getattr(models, "lora_requests", ()))
-    return tuple(found for name in names if (found := _named(name)) is not None)
+    return tuple(each for name in names if (each := _parse_name(name)) is not None)
 
 
 def strengths(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
@@ -73,7 +73,7 @@ def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> A
     return min(allowed, key=lambda each: (round(abs(each.strength - wanted), 9), each.strength))
 
 
-def _named(model: str) -> Adapter | None:
+def _parse_name(model: str) -> Adapter | None:
     """Parses a name of the form that `checkpoint scale` gives; None for any other name."""
     style, _, number = model.rpartition("-")
     try:

@@ -179,7 +179,7 @@ def _refuses_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[
 def _selects_named_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import request_params
 
-    return request_params.take_adapter(maybe_get_adapters)
+    return request_params.select_adapter(maybe_get_adapters)
 
 
 def _identifies_choices(get_child_info: Callable[..., Any]) -> Callable[..., Any]:

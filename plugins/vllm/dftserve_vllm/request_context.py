@@ -24,7 +24,7 @@ from dftserve.sampling.slots import (
 )
 from dftserve.spec import MOST_TRACED, Diversity, Style
 from dftserve_vllm import seals
-from dftserve_vllm.adapters import Adapter, Chosen
+from dftserve_vllm.adapters import Adapter, ChosenAdapter
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.step_report import Payload
 
@@ -145,7 +145,7 @@ class PromptContext:
     style: Style | None = None
     has_diversity: bool = True
     """Whether the answer has a `diversity` object: it was requested, or is the default."""
-    adapter: Chosen | None = None
+    adapter: ChosenAdapter | None = None
     """The adapter that the style names, if it names no profile."""
     identity: str | None = None
     """The prompt's `diversity_id` in the engine; None if no row is changed."""
@@ -211,7 +211,7 @@ class RequestContext:
     """The events for which it was counted: see `is_first`."""
     adapters: tuple[Adapter, ...] = ()
     """The adapters that a style may name on this route."""
-    adapter: Chosen | None = None
+    adapter: ChosenAdapter | None = None
     """The adapter selected for this request."""
     trace_budget: TraceBudget = field(default_factory=TraceBudget)
     name: str = field(default_factory=seals.fresh_name, init=False)
@@ -264,7 +264,7 @@ def opened() -> str | None:
     return None if context is None else context.name
 
 
-def adapter() -> Chosen | None:
+def adapter() -> ChosenAdapter | None:
     """The adapter selected for the current HTTP request."""
     context = current.get()
     return None if context is None else context.adapter
