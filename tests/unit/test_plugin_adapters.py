@@ -335,9 +335,9 @@ def test_a_clamped_strength_is_reported(monkeypatch):
 
 def test_the_audit_log_has_the_adapters_style(monkeypatch):
     request = make_request("tales")
-    assert audit._asked(request) == {"style": "unknown"}
+    assert audit._requested_fields(request) == {"style": "unknown"}
     adapter_of(request)
-    assert audit._asked(request) == {"style": {"name": "tales"}}
+    assert audit._requested_fields(request) == {"style": {"name": "tales"}}
 
 
 def test_capabilities_list_the_adapters_that_a_style_may_name(monkeypatch):

@@ -43,10 +43,10 @@ def served(models: Any) -> tuple[Adapter, ...]:
 
 def strengths(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
     """The strengths available for each style name; names and strengths in ascending order."""
-    found: dict[str, list[float]] = {}
+    by_style: dict[str, list[float]] = {}
     for each in sorted(adapters, key=lambda each: (each.style, each.strength)):
-        found.setdefault(each.style, []).append(each.strength)
-    return found
+        by_style.setdefault(each.style, []).append(each.strength)
+    return by_style
 
 
 def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> Adapter:
@@ -60,7 +60,7 @@ def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> A
         DiversityError: all adapters are stronger than the limits allow.
     """
     own = [each for each in adapters if each.style == style.name]
-    wanted = 1.0 if style.strength is None else style.strength
+    requested = 1.0 if style.strength is None else style.strength
     allowed = [each for each in own if not limits.excess(replace(style, strength=each.strength))]
     if not allowed:
         weakest = min(each.strength for each in own)
@@ -68,9 +68,9 @@ def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> A
             f"0, since the weakest adapter has {weakest:g}, which is more than the operator's "
             "policy allows here"
         )
-        raise spec.DiversityError("style.strength", wanted, accepted)
+        raise spec.DiversityError("style.strength", requested, accepted)
     # Rounded: in binary, .3 is nearer to .4 than .5 is.
-    return min(allowed, key=lambda each: (round(abs(each.strength - wanted), 9), each.strength))
+    return min(allowed, key=lambda each: (round(abs(each.strength - requested), 9), each.strength))
 
 
 def _parse_name(model: str) -> Adapter | None:

@@ -264,7 +264,9 @@ def _refuse_misspelt(request: Any) -> None:
         raise _bad_request(message, name)
 
 
-def _slips(values: Mapping[str, object] | None, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _slips(
+    values: Mapping[str, object] | None, names: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
     """The keys that are a slip of a name, each with that name."""
     for key, value in islice((values or {}).items(), MOST_UNKNOWN):
         for name in names:
@@ -305,15 +307,15 @@ def _requested_style(request: Any) -> spec.Style | None:
     return styles.completed(style)
 
 
-Asked = TypeVar("Asked", spec.Diversity, spec.Style)
+Field = TypeVar("Field", spec.Diversity, spec.Style)
 
 
 def _field(
     request: Any,
     name: str,
-    parse: Callable[[object], Asked],
-    parse_argument: Callable[[object, str], Asked],
-) -> Asked | None:
+    parse: Callable[[object], Field],
+    parse_argument: Callable[[object, str], Field],
+) -> Field | None:
     top = (request.model_extra or {}).get(name)
     argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
     try:
