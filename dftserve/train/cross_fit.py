@@ -141,11 +141,11 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
 
 def _begun(folder: Path) -> CrossFitted | None:
     """The students in a folder, refused before the corpus is read if it holds something else."""
-    found = CrossFitted.started(folder)
+    students = CrossFitted.started(folder)
     # A killed process may have left partially written metadata.
-    if found is None and not atomic.has_only(folder, {STUDENTS_FILE + atomic.PARTIAL}):
+    if students is None and not atomic.has_only(folder, {STUDENTS_FILE + atomic.PARTIAL}):
         raise ValueError(f"{folder} is neither empty nor a folder of students; choose another.")
-    return found
+    return students
 
 
 def _begin(folder: Path, was: CrossFitted | None, wanted: CrossFitted) -> None:

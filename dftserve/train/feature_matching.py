@@ -137,9 +137,9 @@ class FeatureNetwork:
     ) -> tuple[Tensor, Tensor]:
         """([B, K, S, F], [B, K, F]): features of the samples, and of the text's continuation."""
         rows, anchors = layout.places_BK.shape
-        given = layout.all_inputs(text_BN, continuations_BKSG, self.model.model.dtype)
+        inputs = layout.all_inputs(text_BN, continuations_BKSG, self.model.model.dtype)
         with self.untrained():
-            states_BQD = self.model.layer_states(self.layers, **given)
+            states_BQD = self.model.layer_states(self.layers, **inputs)
         last = layout.step(layout.length - 1)
         ends_BK = (layout.places_BK + layout.length).clamp_max(layout.tokens - 1)
         each = torch.arange(rows, device=ends_BK.device)[:, None]

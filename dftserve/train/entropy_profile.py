@@ -31,7 +31,7 @@ AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class EntropyProfile:
     """Next-token entropies in nats, on the same tokens."""
 
     target_T: np.ndarray
@@ -43,13 +43,13 @@ class Profile:
     """Weight of each token in means and deciles, summing to 1; None: equal weights."""
 
     @staticmethod
-    def mixed(parts: Sequence["Profile"], weights: Sequence[float]) -> "Profile":
+    def mixed(parts: Sequence["EntropyProfile"], weights: Sequence[float]) -> "EntropyProfile":
         """The mean by weights that sum to 1, regardless of the number of tokens in each part."""
         shares = [
             np.full(len(part.model_T), weight / max(len(part.model_T), 1))
             for part, weight in zip(parts, weights, strict=True)
         ]
-        return Profile(
+        return EntropyProfile(
             target_T=np.concatenate([part.target_T for part in parts]),
             model_T=np.concatenate([part.model_T for part in parts]),
             by_level={
@@ -95,7 +95,7 @@ def measure(
     stop_ids: frozenset[int],
     tokens: float,
     share: float = 1.0,
-) -> Profile:
+) -> EntropyProfile:
     """Measure the first batches that together have `tokens` trained positions or more.
 
     Args:
@@ -123,10 +123,10 @@ def measure(
                 added[level] += _added_by(level, logits_RV[some], entropy_R[some], stop_ids)
             done += len(logits_RV)
     if not seen:
-        return Profile(np.zeros(0), np.zeros(0), added)
+        return EntropyProfile(np.zeros(0), np.zeros(0), added)
     model_T = torch.cat(entropies).float().cpu().numpy()
     applied = -(-seen // step)
-    return Profile(
+    return EntropyProfile(
         target_T=torch.cat(targets).float().cpu().numpy(),
         model_T=model_T,
         by_level={level: float(model_T.mean()) + total / applied for level, total in added.items()},
@@ -137,13 +137,13 @@ def deciles(entropies_T: np.ndarray, share_T: np.ndarray | None = None) -> tuple
     """The nine deciles; with shares, the first value at which each cumulative share is reached."""
     tenths = np.arange(1, 10) / 10
     if share_T is None:
-        found = np.quantile(entropies_T, tenths)
+        values = np.quantile(entropies_T, tenths)
     else:
         order_T = np.argsort(entropies_T)
         reached_T = np.cumsum(share_T[order_T])
         indices = np.searchsorted(reached_T, tenths * reached_T[-1])
-        found = entropies_T[order_T][indices]
-    return tuple(round(float(x), 4) for x in found)
+        values = entropies_T[order_T][indices]
+    return tuple(round(float(x), 4) for x in values)
 
 
 def _first(batches: Iterable[Mapping[str, Tensor]], tokens: float) -> list[Mapping[str, Tensor]]:
