@@ -90,27 +90,27 @@ def _check_strengths(strengths: Sequence[float]) -> None:
 
 def _settings(adapter: Path) -> dict[str, Any]:
     path = adapter / CONFIG
-    found = read_json(path, within=adapter, largest=LARGEST_CONFIG)
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        kind = found.get("peft_type") if isinstance(found, dict) else found
+    settings = read_json(path, within=adapter, largest=LARGEST_CONFIG)
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type") if isinstance(settings, dict) else settings
         raise FileError(f"{path}: got {kind!r:.80}; accepted: a LoRA adapter", "name another")
     for name, what in _NOT_SCALED.items():
-        if found.get(name):
+        if settings.get(name):
             raise FileError(f"{path}: got {what}; accepted: plain LoRA or rsLoRA", "name another")
-    if found.get("bias", "none") != "none":
+    if settings.get("bias", "none") != "none":
         raise FileError(f"{path}: got trained biases (bias); accepted: none", "name another")
-    patterns = [found.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
+    patterns = [settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
     if not all(isinstance(each, dict) for each in patterns):
         raise FileError(f"{path}: got patterns that are no objects", "name another")
-    alphas = [found.get("lora_alpha"), *patterns[0].values()]
-    ranks = [found.get("r"), *patterns[1].values()]
+    alphas = [settings.get("lora_alpha"), *patterns[0].values()]
+    ranks = [settings.get("r"), *patterns[1].values()]
     for each in (*alphas, *ranks):
         if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
             got = f"{path}: got {each!r:.80} as lora_alpha or r"
             raise FileError(f"{got}; accepted: numbers", "name another")
     if not all(isinstance(each, int) and each > 0 for each in ranks):
         raise FileError(f"{path}: got ranks {ranks!r:.80}; accepted: above 0", "name another")
-    return found
+    return settings
 
 
 def _scaled(settings: dict[str, Any], strength: float) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
         ValueError: as `require_offsets`.
     """
     require_offsets(tokenizer)
-    found: list[Encoded] = []
+    encoded: list[Encoded] = []
     for start in range(0, len(texts), AT_ONCE):
         made = tokenizer(
             list(texts[start : start + AT_ONCE]),
@@ -91,8 +91,8 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
             split_special_tokens=True,
         )
         pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
-        found += [Encoded(tuple(ids), tuple(map(tuple, offsets))) for ids, offsets in pairs]
-    return found
+        encoded += [Encoded(tuple(ids), tuple(map(tuple, offsets))) for ids, offsets in pairs]
+    return encoded
 
 
 def spell(

@@ -89,16 +89,22 @@ def group(*, memory: int, processes: int) -> Iterator[Group | None]:
 @cache
 def places() -> Mapping[str, Place]:
     """Where groups can be created, by controller; empty if memory cannot be counted."""
-    found = {name: place for name in CONTROLLERS if (place := _place(name)) is not None}
-    return found if "memory" in found and _works(found) else {}
+    places_by_controller = {
+        name: place for name in CONTROLLERS if (place := _place(name)) is not None
+    }
+    return (
+        places_by_controller
+        if "memory" in places_by_controller and _works(places_by_controller)
+        else {}
+    )
 
 
-def _works(found: Mapping[str, Place]) -> bool:
+def _works(places_by_controller: Mapping[str, Place]) -> bool:
     """Try it with a waiting process: a folder that is writable may still not be usable."""
     command = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
         try:
-            with _group(found, 1 << 30, 64) as made:
+            with _group(places_by_controller, 1 << 30, 64) as made:
                 made.add(waiting.pid)
                 waiting.communicate()
         except OSError:
@@ -107,8 +113,10 @@ def _works(found: Mapping[str, Place]) -> bool:
 
 
 @contextlib.contextmanager
-def _group(found: Mapping[str, Place], memory: int, processes: int) -> Iterator[Group]:
-    made = Group(found, f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
+def _group(
+    places_by_controller: Mapping[str, Place], memory: int, processes: int
+) -> Iterator[Group]:
+    made = Group(places_by_controller, f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         for folder in made.folders:
             folder.mkdir()
@@ -162,11 +170,11 @@ def _folders(controller: str) -> Iterator[tuple[Path, int]]:
 
 def _own_groups() -> dict[str, str]:
     """This process's path in the tree of each version 1 controller, and under "" in version 2's."""
-    found = {}
+    groups = {}
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
-        found |= dict.fromkeys(controllers.split(","), path)
-    return found
+        groups |= dict.fromkeys(controllers.split(","), path)
+    return groups
 
 
 def _mounts() -> Iterator[tuple[Path, str, str, list[str]]]:
