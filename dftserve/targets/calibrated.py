@@ -1,8 +1,8 @@
 """A mixture fitted on held-out text, which replaces the text's own token only where it is better.
 
     parts = {"teacher": teacher, "ngram 3": ngram, "cache 0.99": cache}
-    found = calibrate(parts, ngram, heldout, bins=Bins(), fit=Fit())
-    source = Calibrated(parts, ngram, found, bins=Bins(), heldout=heldout)
+    calibration = calibrate(parts, ngram, heldout, bins=Bins(), fit=Fit())
+    source = Calibrated(parts, ngram, calibration, bins=Bins(), heldout=heldout)
 
     q'(v) = (1 − g_b)·[v = y] + g_b · Σ_c w_bc p_c(v)        b: the bin of the position
 
@@ -151,26 +151,28 @@ def calibrate(
     for before in calibrations(known):
         if before.inputs == inputs:
             return before
-    seen = _read_heldout(parts, ngram, chosen, bins, say)
+    observed = _read_heldout(parts, ngram, chosen, bins, say)
     number = bins.number
     mixture = mixture_weights.fit(
-        seen.logprobs_TC, seen.bins_T, bins=number, shrinkage=fit.shrinkage
+        observed.logprobs_TC, observed.bins_T, bins=number, shrinkage=fit.shrinkage
     )
-    nll_T = _cross_fitted_nll(seen, number, fit)
-    baselines = _baselines(list(parts), seen.logprobs_TC)
-    passed = gate(nll_T, baselines, seen.groups_T, seen.bins_T, bins=number)
+    nll_T = _cross_fitted_nll(observed, number, fit)
+    baselines = _baselines(list(parts), observed.logprobs_TC)
+    gates = gate(nll_T, baselines, observed.groups_T, observed.bins_T, bins=number)
     return Calibration(
         inputs=inputs,
         documents=len(chosen),
         tokens=len(nll_T),
-        mixture=interval(nll_T, seen.groups_T),
+        mixture=interval(nll_T, observed.groups_T),
         components=tuple(
-            _component(name, float(mixture.pooled_C[c]), seen.logprobs_TC[:, c], seen.groups_T)
+            _component(
+                name, float(mixture.pooled_C[c]), observed.logprobs_TC[:, c], observed.groups_T
+            )
             for c, name in enumerate(parts)
         ),
-        gains=tuple(Gain(over=name, nats=nats) for name, nats in passed.gains.items()),
-        share=float(passed.share_B[seen.bins_T].mean()),
-        bins=tuple(_bins(bins, seen.bins_T, mixture.bins_BC, passed)),
+        gains=tuple(Gain(over=name, nats=nats) for name, nats in gates.gains.items()),
+        share=float(gates.share_B[observed.bins_T].mean()),
+        bins=tuple(_bins(bins, observed.bins_T, mixture.bins_BC, gates)),
     )
 
 
@@ -215,13 +217,13 @@ class Calibrated(DenseSource):
         ]
 
     def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
-        known = _Features.of(document, self._ngram)
+        features = _Features.of(document, self._ngram)
         labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
         is_trained = document.digest not in self._heldout
 
         def rows(start: int, stop: int) -> Tensor:
             first_RV = first(start, stop)
-            bins_R = known.bins(self._bins, start, stop, _entropy(first_RV))
+            bins_R = features.bins(self._bins, start, stop, _entropy(first_RV))
             weights_RC = torch.from_numpy(self._weights_BC[bins_R]).float().to(first_RV.device)
             mass_RV = torch.zeros_like(first_RV)
             mixed_RV = first_RV + weights_RC[:, :1].log()
@@ -380,20 +382,20 @@ def _read_first_component(
 # ── Results ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cross_fitted_nll(seen: _Observed, bins: int, fit: Fit) -> np.ndarray:
+def _cross_fitted_nll(observed: _Observed, bins: int, fit: Fit) -> np.ndarray:
     """float64 [T]: −ln q of each position, with weights fitted without the fold of its text."""
-    fold_T = seen.groups_T % fit.folds
+    fold_T = observed.groups_T % fit.folds
     nll_T = np.zeros(len(fold_T))
     for fold in np.unique(fold_T):
         in_fold_T = fold_T == fold
         weights = mixture_weights.fit(
-            seen.logprobs_TC[~in_fold_T],
-            seen.bins_T[~in_fold_T],
+            observed.logprobs_TC[~in_fold_T],
+            observed.bins_T[~in_fold_T],
             bins=bins,
             shrinkage=fit.shrinkage,
         )
         nll_T[in_fold_T] = mixture_weights.nll(
-            seen.logprobs_TC[in_fold_T], weights.bins_BC[seen.bins_T[in_fold_T]]
+            observed.logprobs_TC[in_fold_T], weights.bins_BC[observed.bins_T[in_fold_T]]
         )
     return nll_T
 

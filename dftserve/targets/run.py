@@ -139,7 +139,7 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Material:
+class EncodedCorpus:
     """A tokenised corpus."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -196,7 +196,7 @@ def _written_in(corpus: Any) -> str | None:
     return written_at if isinstance(written_at, str) else None
 
 
-def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None) -> Material:
+def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None) -> EncodedCorpus:
     """The corpus of a job, filtered, split and encoded.
 
     Args:
@@ -228,7 +228,7 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
         teacher.check_length(longest, "--max-tokens")
     for model, principles in recipes.principles(recipe):
         _check_under_principles(teachers[model], tokenizer, principles, documents)
-    return Material(
+    return EncodedCorpus(
         tokenizer=tokenizer,
         documents=documents,
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,

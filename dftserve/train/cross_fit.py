@@ -16,7 +16,7 @@ from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import recipe as recipes
 from dftserve.targets import store
 from dftserve.targets.document import Document
-from dftserve.targets.run import Job, Material, Say, read_documents
+from dftserve.targets.run import EncodedCorpus, Job, Say, read_documents
 from dftserve.targets.students import (
     STUDENTS_FILE,
     CrossFitted,
@@ -70,7 +70,7 @@ def cross_fit(
 
 def train_folds(
     folder: Path,
-    material: Material,
+    material: EncodedCorpus,
     config: TrainConfig,
     *,
     folds: int,
@@ -170,7 +170,7 @@ def _json(wanted: CrossFitted) -> str:
 
 
 def _text_itself(
-    folder: Path, material: Material, documents: Mapping[str, Sequence[Document]], seed: int
+    folder: Path, material: EncodedCorpus, documents: Mapping[str, Sequence[Document]], seed: int
 ) -> Path:
     """Write a store whose target is the text itself."""
     targets = folder / "targets"

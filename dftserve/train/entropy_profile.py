@@ -20,7 +20,7 @@ from dftserve.sampling import Controls, control_row, transform
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.spec import Diversity, parse
 from dftserve.train.data import model_inputs
-from dftserve.train.divergences import Rows
+from dftserve.train.divergences import LogitRows
 from dftserve.train.head import chunks
 
 LEVELS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -116,7 +116,7 @@ def measure(
         targets.append(batch["entropy_R"])
         for part in chunks(len(hidden_TD), vocabulary, hidden_TD.device.type):
             logits_RV = head.logits(hidden_TD[part]).float()
-            entropy_R = Rows.of(logits_RV).entropy_R
+            entropy_R = LogitRows.of(logits_RV).entropy_R
             entropies.append(entropy_R)
             some = slice(-done % step, None, step)
             for level in LEVELS if len(logits_RV[some]) else ():

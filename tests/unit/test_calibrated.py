@@ -31,7 +31,7 @@ from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
 from dftserve.train.config import TrainConfig
-from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
+from dftserve.train.divergences import SFT, ForwardKL, LogitRows, TargetRows
 from dftserve.train.entropy_profile import EntropyProfile
 from dftserve.train.final_checkpoint import checkpoint_info
 from dftserve.train.material import read
@@ -139,7 +139,7 @@ def test_training_on_a_refused_mixture_is_plain_fine_tuning(true_model, weight):
     rows = TargetRows.of(TRAIN[0].labels_T, targets)
     logits_TV = torch.randn(59, V, generator=torch.Generator().manual_seed(0)).double()
     for divergence in (ForwardKL(weight=weight), SFT()):
-        loss_T, gradient_TV = divergence.loss_and_gradient(Rows.of(logits_TV.clone()), rows)
+        loss_T, gradient_TV = divergence.loss_and_gradient(LogitRows.of(logits_TV.clone()), rows)
         expected_T = torch.nn.functional.cross_entropy(logits_TV, rows.labels_R, reduction="none")
         torch.testing.assert_close(loss_T, expected_T)
         expected_TV = logits_TV.softmax(1) - torch.nn.functional.one_hot(rows.labels_R, V)

@@ -298,7 +298,7 @@ def test_targets_of_different_widths_have_the_same_losses_together_as_alone(dive
 
     def losses(logits_RV: torch.Tensor, each: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         target = TargetRows.of(np.zeros(len(each), np.int64), each)
-        from dftserve.train.divergences import Rows as LogitRows
+        from dftserve.train.divergences import LogitRows
 
         expected_R = divergence.reference(logits_RV, target)
         loss_R, gradient_RV = divergence.loss_and_gradient(LogitRows.of(logits_RV), target)
