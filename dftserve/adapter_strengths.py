@@ -52,12 +52,12 @@ def scale(adapter: Path, strengths: Sequence[float], out: Path) -> list[Path]:
     _check_strengths(strengths)
     settings = _settings(adapter)
     names = [f"{adapter.resolve().name}-{strength:g}" for strength in strengths]
-    with atomic.folder(out) as made:
+    with atomic.folder(out) as staging:
         for name, strength in zip(names, strengths, strict=True):
-            (made / name).mkdir()
+            (staging / name).mkdir()
             text = json.dumps(_scaled(settings, strength), indent=2)
-            (made / name / CONFIG).write_text(text + "\n", encoding="utf-8")
-            _copy(adapter, made / name / WEIGHTS)
+            (staging / name / CONFIG).write_text(text + "\n", encoding="utf-8")
+            _copy(adapter, staging / name / WEIGHTS)
     return [out / name for name in names]
 
 

@@ -232,10 +232,10 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
         model = model_of(model)
         from transformers.utils import logging
 
-        from dftserve.evaluate.perplexity import surprise
+        from dftserve.evaluate.perplexity import likelihood_report
 
         logging.disable_progress_bar()
-        result = surprise(model, anchors, answers)
+        result = likelihood_report(model, anchors, answers)
         click.echo(result.as_json() if as_json else result.render())
 
 

@@ -13,7 +13,7 @@ from dftserve.evaluate.text.windows import Windows
 
 
 @dataclass(frozen=True)
-class Surprise:
+class LikelihoodReport:
     """Likelihood of human text and of answers, cut to the length of the anchors' windows."""
 
     model: str
@@ -39,7 +39,7 @@ class Surprise:
         return "\n".join(lines)
 
 
-def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
+def likelihood_report(model: str, anchors: Path, evaluation: Path | None) -> LikelihoodReport:
     """Measure the anchors' held-out texts and, if given, an evaluation's answers.
 
     Raises:
@@ -53,7 +53,7 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
     (_, _, human), *answers = [
         (level, windows.groups, [next(nats) for _ in windows.texts]) for level, windows in sets
     ]
-    return Surprise(
+    return LikelihoodReport(
         model,
         bits_of(test.texts, human, test.groups),
         surprisal_of(human, test.groups),

@@ -496,10 +496,10 @@ def _parts(gram: Gram) -> set[Gram]:
 
 def _without_overlaps(candidates: Sequence[_Candidate], explained: float) -> Iterator[Tally]:
     """Drop phrases most of whose occurrences overlap those of a phrase with a larger G."""
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for one in sorted(candidates, key=lambda f: (-f.tally.g, f.tally.text)):
         characters = [{(text, at) for at in range(a, b)} for text, a, b in one.places]
-        shared = sum(bool(each & taken) for each in characters)
+        shared = sum(bool(each & occupied) for each in characters)
         if shared < explained * len(characters):
-            taken.update(*characters)
+            occupied.update(*characters)
             yield one.tally

@@ -316,12 +316,12 @@ def _select_documents(heldout: Sequence[Document], tokens: int) -> list[Document
             "least, since weights are fitted and tested on them. Hold out more (--heldout 0.2), or "
             "give more text."
         )
-    chosen, taken = [], 0
+    chosen, trained_tokens = [], 0
     for document in _interleaved(trained):
-        if taken >= tokens and len(chosen) >= LEAST_DOCUMENTS:
+        if trained_tokens >= tokens and len(chosen) >= LEAST_DOCUMENTS:
             break
         chosen.append(document)
-        taken += document.trained
+        trained_tokens += document.trained
     return chosen
 
 
@@ -405,8 +405,8 @@ def _baselines(names: Sequence[str], logprobs_TC: np.ndarray) -> dict[str, np.nd
     n-gram models, and the students if there are any."""
     ngrams = [c for c, name in enumerate(names) if name.startswith(NGRAM)]
     best = min(ngrams, key=lambda c: -logprobs_TC[:, c].mean())
-    taken = [c for c, name in enumerate(names) if name in (TEACHER, STUDENTS)]
-    return {names[c]: _bounded(-logprobs_TC[:, c]) for c in (*taken, best)}
+    models = [c for c, name in enumerate(names) if name in (TEACHER, STUDENTS)]
+    return {names[c]: _bounded(-logprobs_TC[:, c]) for c in (*models, best)}
 
 
 def _component(name: str, weight: float, logprobs_T: np.ndarray, groups_T: np.ndarray) -> Component:

@@ -232,8 +232,8 @@ class _Workers:
         """A worker, and the future of its `start`."""
         import ray
 
-        made: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.gpus)
-        worker = made.remote()
+        remote_class: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.gpus)
+        worker = remote_class.remote()
         return worker, worker.start.remote(*self.arguments)
 
     def __str__(self) -> str:

@@ -118,11 +118,11 @@ def train_folds(
 
 def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
     """The settings, checked before anything is read."""
-    taken = [name for name in training if name.split(".")[0] in OURS]
-    if taken:
+    own_settings = [name for name in training if name.split(".")[0] in OURS]
+    if own_settings:
         raise ValueError(
-            f"--train {taken[0]}: a student's {taken[0].split('.')[0]} is set by its fold; "
-            "accepted: the trainer's other settings, such as epochs=2."
+            f"--train {own_settings[0]}: a student's {own_settings[0].split('.')[0]} is set by its "
+            "fold; accepted: the trainer's other settings, such as epochs=2."
         )
     paths = dict.fromkeys(PATHS, "set by the fold")
     config = configs.load(None, {**training, **paths})

@@ -102,15 +102,15 @@ def measure(
         share: the fraction of `LEVEL_ELEMENTS` that the levels are applied to.
     """
     head = model.head
-    taken = _first(batches, tokens)
-    seen = sum(len(batch["positions_T"]) for batch in taken)
+    batches_read = _first(batches, tokens)
+    positions = sum(len(batch["positions_T"]) for batch in batches_read)
     vocabulary = len(head.weight_VD)
-    step = max(1, -(-seen * vocabulary // max(1, int(share * LEVEL_ELEMENTS))))
+    step = max(1, -(-positions * vocabulary // max(1, int(share * LEVEL_ELEMENTS))))
     targets: list[Tensor] = []
     entropies: list[Tensor] = []
     added = dict.fromkeys(LEVELS, 0.0)
     done = 0
-    for batch in taken:
+    for batch in batches_read:
         hidden_BND = model.states(**model_inputs(batch)).hidden_BND
         hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[batch["positions_T"]]
         targets.append(batch["entropy_R"])
@@ -122,10 +122,10 @@ def measure(
             for level in LEVELS if len(logits_RV[some]) else ():
                 added[level] += _added_by(level, logits_RV[some], entropy_R[some], stop_ids)
             done += len(logits_RV)
-    if not seen:
+    if not positions:
         return EntropyProfile(np.zeros(0), np.zeros(0), added)
     model_T = torch.cat(entropies).float().cpu().numpy()
-    applied = -(-seen // step)
+    applied = -(-positions // step)
     return EntropyProfile(
         target_T=torch.cat(targets).float().cpu().numpy(),
         model_T=model_T,
@@ -147,13 +147,13 @@ def deciles(entropies_T: np.ndarray, share_T: np.ndarray | None = None) -> tuple
 
 
 def _first(batches: Iterable[Mapping[str, Tensor]], tokens: float) -> list[Mapping[str, Tensor]]:
-    taken, seen = [], 0
+    first_batches, positions = [], 0
     for batch in batches:
-        taken.append(batch)
-        seen += len(batch["positions_T"])
-        if seen >= tokens:
+        first_batches.append(batch)
+        positions += len(batch["positions_T"])
+        if positions >= tokens:
             break
-    return taken
+    return first_batches
 
 
 def _added_by(

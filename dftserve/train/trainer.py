@@ -124,17 +124,17 @@ class DFTTrainer(Trainer):
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed on the device: reading their values would synchronise a GPU at every step.
-            seen: list[Any] = [output.loss, output.model_entropy, output.target_entropy]
+            values: list[Any] = [output.loss, output.model_entropy, output.target_entropy]
             if matched is not None:
-                seen.append(matched.distance)
-            self._seen[0, : len(seen)] += torch.stack([each.detach().double() for each in seen])
-            self._seen[1, : len(seen)] += len(inputs["positions_T"])
+                values.append(matched.distance)
+            self._seen[0, : len(values)] += torch.stack([each.detach().double() for each in values])
+            self._seen[1, : len(values)] += len(inputs["positions_T"])
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            seen = zip(SEEN, *self._seen.tolist(), strict=True)
-            means = {name: total / max(count, 1.0) for name, total, count in seen}
+            sums = zip(SEEN, *self._seen.tolist(), strict=True)
+            means = {name: total / max(count, 1.0) for name, total, count in sums}
             self._seen.zero_()
             if self._matching is None:
                 del means[FEATURE_DISTANCE]

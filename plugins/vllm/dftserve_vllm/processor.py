@@ -39,8 +39,8 @@ _made: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 def state_of(vllm_config: Any) -> "WorkerState | None":
     """The state of this engine's processor; None if it has none."""
-    made = _made.get(id(vllm_config))
-    return None if made is None else made.state
+    processor = _made.get(id(vllm_config))
+    return None if processor is None else processor.state
 
 
 class DiversityProcessor(*_BASES):

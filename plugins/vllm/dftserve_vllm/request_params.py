@@ -167,9 +167,9 @@ def _adapter_of_style(request: Any, of_model: Any) -> adapters.ChosenAdapter | N
 def _is_honoured(request: Any) -> bool:
     """Whether `honour` handles the request's sampling parameters. Looks at the class, since a body
     can set any attribute of the object."""
-    made = getattr(type(request), "to_sampling_params", None)
+    method = getattr(type(request), "to_sampling_params", None)
     is_batch = hasattr(type(request), "to_chat_completion_request")
-    return is_batch or getattr(made, HONOURS, False)
+    return is_batch or getattr(method, HONOURS, False)
 
 
 def _choose_adapter(request: Any, style: spec.Style, of_model: Any) -> adapters.ChosenAdapter:

@@ -400,19 +400,21 @@ def _with_helpers(
         for node in tree.body
     ]
     known = set().union(*map(_defined, [*chosen.body, *prompt_nodes]))
-    wanted, taken = _free(chosen.body) - known, []
-    while wanted:
-        name = min(wanted)
+    missing, helpers = _free(chosen.body) - known, []
+    while missing:
+        name = min(missing)
         known.add(name)
-        definitions = [node for node in others if name in _defined(node) and node not in taken]
+        definitions = [node for node in others if name in _defined(node) and node not in helpers]
         if definitions:
-            taken.append(max(reversed(definitions), key=lambda node: _definition_rank(node, name)))
-            wanted |= _free(taken[-1:])
-        wanted -= known
-    defined = set().union(_BUILTINS, *map(_defined, [*chosen.body, *prompt_nodes, *taken]))
-    if _free([*chosen.body, *taken]) - defined:
-        taken += [node for node in others if "*" in _defined(node)]
-    return [*(node for node in others if node in taken), *chosen.body]
+            helpers.append(
+                max(reversed(definitions), key=lambda node: _definition_rank(node, name))
+            )
+            missing |= _free(helpers[-1:])
+        missing -= known
+    defined = set().union(_BUILTINS, *map(_defined, [*chosen.body, *prompt_nodes, *helpers]))
+    if _free([*chosen.body, *helpers]) - defined:
+        helpers += [node for node in others if "*" in _defined(node)]
+    return [*(node for node in others if node in helpers), *chosen.body]
 
 
 def _free(nodes: Sequence[ast.stmt]) -> set[str]:
