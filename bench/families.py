@@ -47,8 +47,8 @@ from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import store
 from dftserve.targets.document import Document, load_tokenizer
 from dftserve.targets.ngram import Ngram
+from dftserve.train import final_checkpoint
 from dftserve.train.config import DivergenceConfig, TrainConfig
-from dftserve.train.finish import finish
 from dftserve.train.prepare import Prepared, make_trainer, prepare
 
 from provenance import machine, versions
@@ -324,7 +324,7 @@ def trained(
     trainer.train()
     losses = [line["divergence"] for line in trainer.state.log_history if "divergence" in line]
     language_model.model.eval()
-    finish(folder / FINAL, config, prepared, steps=STEPS, metrics={})
+    final_checkpoint.write(folder / FINAL, config, prepared, steps=STEPS, metrics={})
     again = AutoModelForCausalLM.from_pretrained(folder / FINAL, dtype=torch.float32).eval()
     with torch.no_grad():
         # Without a cache, as in training: some families do not support one for so few layers.

@@ -50,7 +50,7 @@ from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import recipe as recipes
 from dftserve.targets import store
 from dftserve.targets.document import Document
-from dftserve.targets.run import Material
+from dftserve.targets.run import EncodedCorpus
 from dftserve.train.config import DivergenceConfig, FeatureMatchingConfig, TrainConfig
 from dftserve.train.cross_fit import train_folds
 from dftserve.train.interpolate import interpolate
@@ -165,7 +165,7 @@ def targets(folder: Path, way: Way, sides: Mapping[str, Sequence[Document]], tea
     named = {"teacher": str(teacher)} if "${teacher}" in way.recipe or name == "calibrated" else {}
     if way.folds is not None:
         students = folder.with_name(f"{folder.name}-students")
-        material = Material(tokenizer, sides, template=None, written_at=None, corpus={})
+        material = EncodedCorpus(tokenizer, sides, template=None, written_at=None, corpus={})
         config = settings(teacher, DivergenceConfig(name="sft"), epochs=1, seed=0)
         train_folds(students, material, config, folds=way.folds, say=click.echo)
         named["students"] = str(students)

@@ -247,9 +247,9 @@ def processor_list(llm: LLM) -> list[Any]:
 
 def count_transforms() -> Calls:
     """A counter of the calls of the transform from now on."""
-    from dftserve_vllm import request_stats
+    from dftserve_vllm import worker_state
 
-    now = request_stats.transform_step
+    now = worker_state.transform_step
     calls, transform_step = Calls(), getattr(now, "counted", now)
 
     def counting(*args: Any) -> Any:
@@ -257,7 +257,7 @@ def count_transforms() -> Calls:
         return transform_step(*args)
 
     counting.counted = transform_step  # type: ignore[attr-defined]
-    request_stats.transform_step = counting
+    worker_state.transform_step = counting
     return calls
 
 

@@ -307,7 +307,7 @@ def whole_blocks(folder: Path, ways: Mapping[str, Any]) -> dict[str, list[Given]
                     name,
                     block * BLOCK + answer.place,
                     answer.sample,
-                    answer.said,
+                    answer.final_text,
                     answer.tokens,
                     (answer.figures or {}).get("mean_kl"),
                 )

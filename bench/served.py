@@ -345,11 +345,11 @@ def start_seconds(starts: int) -> dict[str, Any]:
 
 def memory_bytes(vocabularies: Counts) -> dict[str, Any]:
     """Bytes of a request's slot, and of the CPU kernel's scratch buffers for each vocabulary."""
-    from dftserve_vllm.request_stats import RequestStats
+    from dftserve_vllm.worker_state import WorkerState
 
     from dftserve.sampling.backends.numba import scratch
 
-    state = vars(RequestStats(SLOTS, 1, torch.device("cpu")).slots).values()
+    state = vars(WorkerState(SLOTS, 1, torch.device("cpu")).slots).values()
     by_slot = [t for t in state if isinstance(t, torch.Tensor) and t.shape[:1] == (SLOTS,)]
     buffers = {v: scratch(v) for v in vocabularies}
     return {

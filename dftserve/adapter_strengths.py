@@ -53,12 +53,12 @@ def scale(adapter: Path, strengths: Sequence[float], out: Path) -> list[Path]:
     _check_strengths(strengths)
     settings = _settings(adapter)
     names = [f"{adapter.resolve().name}-{strength:g}" for strength in strengths]
-    with atomic.folder(out) as made:
+    with atomic.folder(out) as staging:
         for name, strength in zip(names, strengths, strict=True):
-            (made / name).mkdir()
+            (staging / name).mkdir()
             text = json.dumps(_scaled(settings, strength), indent=2)
-            (made / name / CONFIG).write_text(text + "\n", encoding="utf-8")
-            _copy(adapter, made / name / WEIGHTS)
+            (staging / name / CONFIG).write_text(text + "\n", encoding="utf-8")
+            _copy(adapter, staging / name / WEIGHTS)
     return [out / name for name in names]
 
 
@@ -94,27 +94,27 @@ def _settings(adapter: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         advice = "name the folder of a LoRA adapter, such as run/final/adapter of a run with `lora`"
         raise FileError(f"{path}: there is no such file", advice)
-    found = read_json(path, within=adapter, largest=LARGEST_CONFIG)
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        kind = found.get("peft_type") if isinstance(found, dict) else found
+    settings = read_json(path, within=adapter, largest=LARGEST_CONFIG)
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type") if isinstance(settings, dict) else settings
         raise FileError(f"{path}: got {kind!r:.80}; accepted: a LoRA adapter", "name another")
     for name, what in _NOT_SCALED.items():
-        if found.get(name):
+        if settings.get(name):
             raise FileError(f"{path}: got {what}; accepted: plain LoRA or rsLoRA", "name another")
-    if found.get("bias", "none") != "none":
+    if settings.get("bias", "none") != "none":
         raise FileError(f"{path}: got trained biases (bias); accepted: none", "name another")
-    patterns = [found.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
+    patterns = [settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
     if not all(isinstance(each, dict) for each in patterns):
         raise FileError(f"{path}: got patterns that are no objects", "name another")
-    alphas = [found.get("lora_alpha"), *patterns[0].values()]
-    ranks = [found.get("r"), *patterns[1].values()]
+    alphas = [settings.get("lora_alpha"), *patterns[0].values()]
+    ranks = [settings.get("r"), *patterns[1].values()]
     for each in (*alphas, *ranks):
         if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
             got = f"{path}: got {each!r:.80} as lora_alpha or r"
             raise FileError(f"{got}; accepted: numbers", "name another")
     if not all(isinstance(each, int) and each > 0 for each in ranks):
         raise FileError(f"{path}: got ranks {ranks!r:.80}; accepted: above 0", "name another")
-    return found
+    return settings
 
 
 def _scaled(settings: dict[str, Any], strength: float) -> dict[str, Any]:

@@ -89,16 +89,16 @@ def folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def move_folder(made: Path, path: Path) -> None:
+def move_folder(source: Path, path: Path) -> None:
     """Sync a filled folder and rename it to `path`: on the same disk, and not existing yet."""
     mask = _umask()
-    for each in sorted(made.rglob("*"), reverse=True):
+    for each in sorted(source.rglob("*"), reverse=True):
         if each.is_file():
             # safetensors makes its files readable by their owner only.
             each.chmod(0o666 & ~mask)
         _sync(each)
-    _sync(made)
-    os.rename(made, path)
+    _sync(source)
+    os.rename(source, path)
     _sync(path.parent)
 
 

@@ -307,9 +307,9 @@ def parse_json(text: str | bytes, where: str, *, finite: bool = True) -> Any:
     """Parse a JSON text; error messages begin with `where`. Raises ValueError as `read_json`."""
     if isinstance(text, bytes):
         text = decoded(text, where)
-    given = {} if not finite else _BOUNDED_NUMBERS
+    options = {} if not finite else _BOUNDED_NUMBERS
     try:
-        content = json.loads(text, **given)
+        content = json.loads(text, **options)
     except RecursionError:
         _too_deep(where)
     except _NotFiniteError as error:
@@ -425,7 +425,7 @@ def entries(folder: Path, *, most: int) -> dict[str, os.stat_result]:
         ValueError: more than `most` entries.
         OSError: a folder that cannot be read.
     """
-    found: dict[str, os.stat_result] = {}
+    stats: dict[str, os.stat_result] = {}
     waiting = [folder]
     while waiting:
         with os.scandir(waiting.pop()) as inside:
@@ -434,8 +434,8 @@ def entries(folder: Path, *, most: int) -> dict[str, os.stat_result]:
                     waiting.append(Path(entry.path))
                     continue
                 name = Path(entry.path).relative_to(folder).as_posix()
-                found[name] = entry.stat(follow_symlinks=False)
-                if len(found) > most:
+                stats[name] = entry.stat(follow_symlinks=False)
+                if len(stats) > most:
                     problem = f"{folder}: got more than {most:,} files; accepted: {most:,}"
                     raise FileError(problem, "name another folder")
-    return dict(sorted(found.items()))
+    return dict(sorted(stats.items()))

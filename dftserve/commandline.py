@@ -65,7 +65,7 @@ def api_key_of(variable: str, *, must: bool = False) -> str | None:
     return key or None
 
 
-def model_of(given: str) -> str:
+def model_of(value: str) -> str:
     """Check a command's model argument; returns the folder of the conversion for a GGUF file.
 
     Call it before importing the modules that load models, which takes long.
@@ -76,7 +76,7 @@ def model_of(given: str) -> str:
     from dftserve.gguf import resolve
     from dftserve.hub import folder_of
 
-    model = resolve(given)
+    model = resolve(value)
     folder_of(model)
     return model
 

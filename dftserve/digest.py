@@ -41,9 +41,9 @@ def sampled_digest(path: Path) -> str:
         OSError: as the system raised it.
     """
     with open_file(path, largest=LARGEST) as file:
-        found = os.fstat(file.fileno())
-        size = found.st_size
-        key = (found.st_dev, found.st_ino, size, found.st_mtime_ns)
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        key = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
         if key in _sampled:
             return _sampled[key]
         digest = blake3(str(size).encode())

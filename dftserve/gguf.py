@@ -77,9 +77,9 @@ def find(model: str) -> Path | None:
     if not os.path.lexists(path):
         raise ValueError(f"model: got {model!r}; there is no such file.")
     with open_file(path, largest=LARGEST_WEIGHTS) as file:
-        if (found := file.read(len(MAGIC))) != MAGIC:
+        if (magic := file.read(len(MAGIC))) != MAGIC:
             raise ValueError(
-                f"{path}: got a file that begins with {found!r}; accepted: a GGUF file, which "
+                f"{path}: got a file that begins with {magic!r}; accepted: a GGUF file, which "
                 f"begins with {MAGIC!r}. Was its download complete?"
             )
     return path
@@ -180,7 +180,7 @@ def read_header(file: Path) -> Header:
     reader_of = _reader()
     try:
         fields = reader_of(file).fields
-        found = {
+        values = {
             name: fields[key].contents() if key in fields else None
             for name, key in (
                 ("architecture", "general.architecture"),
@@ -194,9 +194,9 @@ def read_header(file: Path) -> Header:
             f"{file}: a GGUF file that cannot be read ({type(error).__name__}: {error}); its "
             "download may have been cut."
         ) from None
-    if not isinstance(found["architecture"], str):
+    if not isinstance(values["architecture"], str):
         raise ValueError(f"{file}: got a GGUF file that names no architecture.")
-    return Header(**{**found, "parts": found["parts"] or 1})
+    return Header(**{**values, "parts": values["parts"] or 1})
 
 
 def _reader() -> Any:

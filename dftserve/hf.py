@@ -240,17 +240,17 @@ def _resolve_style(
     if style is None:
         return None, None
     requested = spec.parse_style(style)
-    found = {profile.name: profile for profile in profiles}.get(requested.name)
-    if found is None:
+    named = {profile.name: profile for profile in profiles}.get(requested.name)
+    if named is None:
         names = ", ".join(profile.name for profile in profiles) or "none; give `profiles`"
         raise ValueError(f"style.name: got {spec.quoted(requested.name)}; accepted: {names}.")
     if tokenizer is not None:
-        found.belongs_to(
+        named.belongs_to(
             tokenizer=tokenizer_fingerprint(tokenizer),
             template=template_fingerprint(tokenizer),
-            vocabulary=max(len(tokenizer), found.vocabulary),
+            vocabulary=max(len(tokenizer), named.vocabulary),
         )
-    strength = found.strength if requested.strength is None else requested.strength
+    strength = named.strength if requested.strength is None else requested.strength
     if strength == 0:
         return None, None
     if diversity.law in spec.WHOLE_ROW_LAWS:
@@ -258,8 +258,8 @@ def _resolve_style(
         raise ValueError(
             f"style: got it with the law {diversity.law!r}; accepted with a style: {accepted}."
         )
-    max_kl = found.max_kl if requested.max_kl is None else requested.max_kl
-    return found, StyleControls(profile=0, strength=strength, max_kl=max_kl)
+    max_kl = named.max_kl if requested.max_kl is None else requested.max_kl
+    return named, StyleControls(profile=0, strength=strength, max_kl=max_kl)
 
 
 def _dry_controls(
@@ -277,13 +277,13 @@ def _dry_controls(
     return DryControls.of(dry, Breakers.from_tokenizer(tokenizer).tokens(dry.sequence_breakers))
 
 
-def _stop_ids(given: int | Iterable[int | None] | None) -> frozenset[int]:
-    listed = [given] if given is None or isinstance(given, int) else list(given)
-    found = {each for each in listed if each is not None}
-    for each in found:
+def _stop_ids(ids: int | Iterable[int | None] | None) -> frozenset[int]:
+    listed = [ids] if ids is None or isinstance(ids, int) else list(ids)
+    stop_ids = {each for each in listed if each is not None}
+    for each in stop_ids:
         if not isinstance(each, int) or isinstance(each, bool) or each < 0:
             raise ValueError(f"stop_ids: got {each!r}; accepted: token ids, which are 0 or more.")
-    return frozenset(found)
+    return frozenset(stop_ids)
 
 
 def _refuse_beams(input_ids: torch.Tensor, scores: torch.Tensor) -> None:

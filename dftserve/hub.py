@@ -119,5 +119,5 @@ def _near(path: Path) -> str:
                     siblings.append(entry.name)
     except OSError:
         return ""
-    found = nearest(path.name, sorted(siblings))
-    return question(found and str(path.parent / found))
+    sibling = nearest(path.name, sorted(siblings))
+    return question(sibling and str(path.parent / sibling))

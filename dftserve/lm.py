@@ -161,7 +161,7 @@ class LanguageModel:
     @uncompiled
     def _states(self, inputs: Mapping[str, Tensor], cache: Cache | None) -> States:
         with self._bypassed_head() as inputs_of_head:
-            output = self._forward(**self._given(inputs, cache))
+            output = self._forward(**self._accepted_inputs(inputs, cache))
             captured = list(inputs_of_head)
         if len(captured) != 1:
             raise ValueError(
@@ -177,7 +177,7 @@ class LanguageModel:
             ValueError: the family does not return them.
         """
         with self._bypassed_head():
-            output = self._forward(**self._given(inputs), output_hidden_states=True)
+            output = self._forward(**self._accepted_inputs(inputs), output_hidden_states=True)
         states = getattr(output, "hidden_states", None)
         shape = inputs["input_ids"].shape
         if states is None or len(states) <= max(layers) or states[0].shape[:2] != shape:
@@ -189,7 +189,7 @@ class LanguageModel:
 
     def own_logits(self, **inputs: Tensor) -> Tensor:
         """The logits that the model itself computes: [B, N, V], float32 or wider."""
-        logits_BNV = self._forward(**self._given(inputs)).logits
+        logits_BNV = self._forward(**self._accepted_inputs(inputs)).logits
         return logits_BNV if logits_BNV.dtype is torch.float64 else logits_BNV.float()
 
     def packing_leak(
@@ -266,11 +266,11 @@ class LanguageModel:
         ids_2N, mask_2N = text_N.repeat(2, 1), torch.ones(2, longest, dtype=torch.int64)
         ids_2N[1, PROBE_TOKENS:] = mask_2N[1, PROBE_TOKENS:] = 0
         device = self.model.device
-        given = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
-        alone = {name: value[1:, :PROBE_TOKENS] for name, value in given.items()}
+        inputs = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
+        alone = {name: value[1:, :PROBE_TOKENS] for name, value in inputs.items()}
         with evaluating(self.model), torch.no_grad():
             beside_NV, alone_NV = (
-                self._states_logprobs(each, torch.arange(PROBE_TOKENS)) for each in (given, alone)
+                self._states_logprobs(each, torch.arange(PROBE_TOKENS)) for each in (inputs, alone)
             )
         # The mean, not the maximum: a router may route a single token differently in a batch.
         difference = float((beside_NV - alone_NV).abs().mean()) / self._spread(alone_NV)
@@ -352,8 +352,8 @@ class LanguageModel:
         mask_2N = torch.ones_like(ids_2N)
         ids_2N[1, count:] = mask_2N[1, count:] = 0
         device = self.model.device
-        given = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
-        hidden_BND = self._tried(self.states, **given).hidden_BND
+        inputs = {"input_ids": ids_2N.to(device), "attention_mask": mask_2N.to(device)}
+        hidden_BND = self._tried(self.states, **inputs).hidden_BND
         found_2NV = self.head.logits(hidden_BND.reshape(2, len(self.text_N), -1)[:, :count])
         difference_2NV = (found_2NV - logits_NV[:count]).abs()
         # The mean: in half precision a router may route a single token differently in a batch.
@@ -380,13 +380,13 @@ class LanguageModel:
         device = self.model.device
         positions_N = torch.cat([torch.arange(len(text_N)) for text_N in texts])
         row_N = torch.cat(list(texts))
-        given = {"input_ids": row_N[None].to(device), "position_ids": positions_N[None].to(device)}
-        return self._states_logprobs(given, at_P)
+        inputs = {"input_ids": row_N[None].to(device), "position_ids": positions_N[None].to(device)}
+        return self._states_logprobs(inputs, at_P)
 
-    def _states_logprobs(self, given: Mapping[str, Tensor], at_P: Tensor) -> Tensor:
+    def _states_logprobs(self, inputs: Mapping[str, Tensor], at_P: Tensor) -> Tensor:
         """[P, V]: at positions of the last row."""
-        rows, tokens = given["input_ids"].shape
-        hidden_BND = self._tried(self.states, **given).hidden_BND.reshape(rows, tokens, -1)
+        rows, tokens = inputs["input_ids"].shape
+        hidden_BND = self._tried(self.states, **inputs).hidden_BND.reshape(rows, tokens, -1)
         return self.head.logits(hidden_BND[-1, at_P.to(hidden_BND.device)]).log_softmax(-1)
 
     @property
@@ -408,8 +408,10 @@ class LanguageModel:
         kinds = [each.kind for each in self._accepts.values()]
         return inspect.Parameter.VAR_KEYWORD in kinds
 
-    def _given(self, inputs: Mapping[str, Tensor], cache: Cache | None = None) -> dict[str, Any]:
-        given = {
+    def _accepted_inputs(
+        self, inputs: Mapping[str, Tensor], cache: Cache | None = None
+    ) -> dict[str, Any]:
+        accepted = {
             name: value
             for name, value in inputs.items()
             if name in self._accepts or self._takes_any or name == "input_ids"
@@ -417,7 +419,7 @@ class LanguageModel:
         settings: dict[str, Any] = {"use_cache": cache is not None, "return_dict": True}
         if cache is not None:
             settings["past_key_values"] = cache
-        return given | {name: settings[name] for name in settings if name in self._accepts}
+        return accepted | {name: settings[name] for name in settings if name in self._accepts}
 
     @contextmanager
     def _bypassed_head(self) -> Iterator[list[Tensor]]:

@@ -39,8 +39,8 @@ def rescalings(config: Any) -> Iterator[tuple[float, float | None]]:
 def positions_of(config: Any) -> int | None:
     """The most tokens that a model can read at once; None if its configuration sets no bound."""
     named = (positive_number(getattr(config, name, None)) for name in POSITIONS)
-    given = next((number for number in named if number is not None), None)
-    return None if given is None else int(given)  # XLNet uses −1 for no bound.
+    positions = next((number for number in named if number is not None), None)
+    return None if positions is None else int(positions)  # XLNet uses −1 for no bound.
 
 
 def attention_chunk(config: Any) -> int | None:
@@ -51,9 +51,9 @@ def attention_chunk(config: Any) -> int | None:
 
 def rescaled_beyond(config: Any) -> int | None:
     """Length of a text beyond which all positions of its batch are rescaled, if there is one."""
-    given = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     # A family may have separate parameters for each type of layer.
-    sets = (given, *(each for each in given.values() if isinstance(each, Mapping)))
+    sets = (parameters, *(each for each in parameters.values() if isinstance(each, Mapping)))
     named = [
         positive_number(each.get(ORIGINAL)) for each in sets if each.get("rope_type") == "longrope"
     ]
@@ -62,8 +62,8 @@ def rescaled_beyond(config: Any) -> int | None:
 
 def original_length(config: Any) -> str:
     """The original context length in the configuration, in parentheses for a message; or empty."""
-    given = getattr(config, "rope_parameters", None)
-    number = given.get(ORIGINAL) if isinstance(given, Mapping) else None
+    parameters = getattr(config, "rope_parameters", None)
+    number = parameters.get(ORIGINAL) if isinstance(parameters, Mapping) else None
     return "" if number is None else f" ({ORIGINAL}: {number:,})"
 
 

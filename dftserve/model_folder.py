@@ -66,8 +66,8 @@ def check_model_folder(folder: Path) -> None:
                 _check_file(path, folder)
     for name in SETTINGS:
         if (folder / name).exists():
-            given = read_json(folder / name, within=folder, largest=LARGEST_TEXT, finite=False)
-            _check_numbers(given, folder / name)
+            content = read_json(folder / name, within=folder, largest=LARGEST_TEXT, finite=False)
+            _check_numbers(content, folder / name)
 
 
 def _check_file(path: Path, folder: Path) -> None:
@@ -77,15 +77,15 @@ def _check_file(path: Path, folder: Path) -> None:
         check(path, path.stat(), LARGEST_WEIGHTS)
 
 
-def _check_numbers(given: Any, path: Path) -> None:
-    if isinstance(given, Mapping):
-        for name, value in given.items():
+def _check_numbers(content: Any, path: Path) -> None:
+    if isinstance(content, Mapping):
+        for name, value in content.items():
             most = NUMBERS.get(name)
             if most is not None and isinstance(value, int | float) and not 0 <= value <= most:
                 raise ValueError(f"{path}: {name}: got {value}; accepted: from 0 to {most:,}.")
             _check_numbers(value, path)
-    elif isinstance(given, list):
-        for each in given:
+    elif isinstance(content, list):
+        for each in content:
             _check_numbers(each, path)
 
 
@@ -106,9 +106,11 @@ def check_full_precision(config: Mapping[str, Any], model: str) -> None:
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, Mapping) else {}):
         for name in ("quantization_config", "compression_config"):
-            given = settings.get(name)
-            if given:
-                method = given.get("quant_method") if isinstance(given, Mapping) else None
+            quantisation = settings.get(name)
+            if quantisation:
+                method = (
+                    quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+                )
                 raise ValueError(
                     f"{model} is quantised ({name}: {method or 'of an unnamed method'}); accepted: "
                     "weights in float32, bfloat16 or float16. Use the model that it was made from."

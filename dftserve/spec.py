@@ -9,7 +9,7 @@ import json
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -74,11 +74,13 @@ DRY_BOUNDS: Mapping[str, Bounds] = {
 DRY_BREAKERS = "dry_sequence_breakers"
 MOST_BREAKERS, LONGEST_BREAKER = 32, 64
 """Maximum number of strings, and maximum characters of each."""
-BREAKERS = f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
+BREAKERS_ACCEPTED = (
+    f"a list of at most {MOST_BREAKERS} texts, of 1 to {LONGEST_BREAKER} characters each"
+)
 DRY_NAMES = (*DRY_BOUNDS, DRY_BREAKERS)
 
 # Valid range of the entropies in a `CheckpointInfo`, in nats per token.
-MEASURED = Bounds(low=0, high=20)
+ENTROPY_BOUNDS = Bounds(low=0, high=20)
 
 _REQUIRED = object()
 
@@ -215,21 +217,21 @@ class Diversity:
         everything = {field.name: getattr(self, field.name) for field in fields(self)}
         dry, group = everything.pop("dry"), self.group
         everything[TRACE] = self.trace or None
-        found = {name: value for name, value in everything.items() if value is not None}
+        given_fields = {name: value for name, value in everything.items() if value is not None}
         if dry is not None:
-            found |= dry.as_dict()
-        return found | ({GROUP: asdict(group)} if isinstance(group, Group) else {})
+            given_fields |= dry.as_dict()
+        return given_fields | ({GROUP: asdict(group)} if isinstance(group, Group) else {})
 
     def without_texts(self) -> dict[str, Any]:
         """The object form without text from the client, for headers and logs: breakers are replaced
         by their number, and the group's id by a digest, so that equal ids can still be matched."""
-        found = self.as_dict()
+        content = self.as_dict()
         if self.dry is not None:
-            found[DRY_BREAKERS] = len(self.dry.sequence_breakers)
+            content[DRY_BREAKERS] = len(self.dry.sequence_breakers)
         if isinstance(self.group, Group):
             digest = hashlib.sha256(self.group.id.encode(errors="surrogatepass")).hexdigest()
-            found[GROUP] = asdict(self.group) | {"id": digest[:DIGEST_DIGITS]}
-        return found
+            content[GROUP] = asdict(self.group) | {"id": digest[:DIGEST_DIGITS]}
+        return content
 
 
 def parse(value: object, parameter: str = "diversity") -> Diversity:
@@ -251,10 +253,12 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
         if name not in ("law", GROUP, TRACE) and name not in takes and name not in DRY_NAMES:
             raise _unknown_field(parameter, name, value[name], law)
     dry = _parse_dry(value, parameter)
-    given = {name: value[name] for name in takes if value.get(name) is not None}
+    settings = {name: value[name] for name in takes if value.get(name) is not None}
     if value.get("law") is None and value.get("dry_multiplier") is not None:
-        given = {"level": 0, **given}  # DRY can be used without a law.
-    numbers = {name: _number(given[name], BOUNDS[name], f"{parameter}.{name}") for name in given}
+        settings = {"level": 0, **settings}  # DRY can be used without a law.
+    numbers = {
+        name: _number(settings[name], BOUNDS[name], f"{parameter}.{name}") for name in settings
+    }
     for name in takes:
         if name not in numbers and is_required(law, name):
             accepted = f"{BOUNDS[name]} (the law {law!r} needs it)"
@@ -270,21 +274,21 @@ def parse(value: object, parameter: str = "diversity") -> Diversity:
 def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
     """The DRY fields of an object whose keys were validated; None without them, or if the
     multiplier is 0."""
-    given = {name: value[name] for name in DRY_NAMES if value.get(name) is not None}
-    if not given:
+    settings = {name: value[name] for name in DRY_NAMES if value.get(name) is not None}
+    if not settings:
         return None
     numbers = {
-        name.removeprefix("dry_"): _number(given[name], bounds, f"{parameter}.{name}")
+        name.removeprefix("dry_"): _number(settings[name], bounds, f"{parameter}.{name}")
         for name, bounds in DRY_BOUNDS.items()
-        if name in given
+        if name in settings
     }
     if "multiplier" not in numbers:
         accepted = f"{DRY_BOUNDS['dry_multiplier']} (the other dry_ fields require it)"
         raise DiversityError(f"{parameter}.dry_multiplier", NOTHING, accepted)
     dry = Dry(**numbers)  # pyright: ignore[reportArgumentType]
     dry = replace(dry, allowed_length=int(dry.allowed_length))
-    if DRY_BREAKERS in given:
-        breakers = _strings(given[DRY_BREAKERS], f"{parameter}.{DRY_BREAKERS}")
+    if DRY_BREAKERS in settings:
+        breakers = _strings(settings[DRY_BREAKERS], f"{parameter}.{DRY_BREAKERS}")
         dry = replace(dry, sequence_breakers=breakers)
     return dry if dry.multiplier else None
 
@@ -292,10 +296,10 @@ def _parse_dry(value: Mapping[str, Any], parameter: str) -> Dry | None:
 def _strings(value: object, parameter: str) -> tuple[str, ...]:
     """The distinct strings of a list, in their order."""
     if not isinstance(value, list | tuple) or len(value) > MOST_BREAKERS:
-        raise DiversityError(parameter, value, BREAKERS)
+        raise DiversityError(parameter, value, BREAKERS_ACCEPTED)
     for each in value:
         if not isinstance(each, str) or not 0 < len(each) <= LONGEST_BREAKER:
-            raise DiversityError(parameter, each, BREAKERS)
+            raise DiversityError(parameter, each, BREAKERS_ACCEPTED)
         _check_unicode(each, parameter)
     return tuple(dict.fromkeys(value))
 
@@ -403,11 +407,11 @@ def parse_style(value: object, parameter: str = "style") -> Style:
         accepted = f"the name of a style, of at most {LONGEST_NAME} characters"
         raise DiversityError(f"{parameter}.name", name, accepted)
     _check_unicode(name, f"{parameter}.name")
-    given = {key: value[key] for key in STYLE_BOUNDS if value.get(key) is not None}
+    settings = {key: value[key] for key in STYLE_BOUNDS if value.get(key) is not None}
     numbers = {
-        key: _number(given[key], bounds, f"{parameter}.{key}")
+        key: _number(settings[key], bounds, f"{parameter}.{key}")
         for key, bounds in STYLE_BOUNDS.items()
-        if key in given
+        if key in settings
     }
     return Style(name=name, **numbers)
 
@@ -478,7 +482,7 @@ class CheckpointInfo:
             raise ValueError(f"{path}: recipe: got {quoted(content['recipe'])}; accepted: a text.")
         for name in ("target_entropy", "model_entropy"):
             if content.get(name) is not None:
-                content[name] = _number(content[name], MEASURED, f"{path.name}: {name}")
+                content[name] = _number(content[name], ENTROPY_BOUNDS, f"{path.name}: {name}")
         for name in ("target_deciles", "model_deciles"):
             if content.get(name) is not None:
                 content[name] = _deciles(content[name], f"{path.name}: {name}")
@@ -538,7 +542,7 @@ def _whole(value: object, low: int, high: int, parameter: str) -> int:
 def _deciles(value: object, parameter: str) -> tuple[float, ...]:
     if not isinstance(value, list) or len(value) != 9:
         raise DiversityError(parameter, value, "a list of nine entropies in nats")
-    return tuple(_number(each, MEASURED, parameter) for each in value)
+    return tuple(_number(each, ENTROPY_BOUNDS, parameter) for each in value)
 
 
 def _unknown_field(parameter: str, name: object, value: object, law: str) -> DiversityError:
@@ -598,13 +602,14 @@ def is_slip_of(key: str, name: str) -> bool:
     if key == name or abs(len(key) - len(name)) > 1:
         return False
     slip = key.lower()
-    same = next((i for i, (a, b) in enumerate(zip(slip, name, strict=False)) if a != b), None)
-    same = min(len(slip), len(name)) if same is None else same
+    pairs = zip(slip, name, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     rest, due = slip[same:], name[same:]
-    if len(key) > len(name):
+    if len(key) > len(name):  # A letter may be doubled.
         return same > 0 and slip[same] == slip[same - 1] and rest[1:] == due
-    if len(key) < len(name):
+    if len(key) < len(name):  # One may be omitted.
         return rest == due[1:]
+    # One may be replaced, or two swapped.
     return rest[1:] == due[1:] or (rest[1::-1] == due[:2] and rest[2:] == due[2:])
 
 

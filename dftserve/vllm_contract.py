@@ -378,12 +378,12 @@ class _Source:
         if self._unread is not None:
             return self._unread
         owner, _, member = symbol.name.partition(".")
-        found = self._names.get(owner)
-        if found is not None and member:
-            found = self.member(owner, member)
-        if found is None:
+        definition = self._names.get(owner)
+        if definition is not None and member:
+            definition = self.member(owner, member)
+        if definition is None:
             return "it is not there"
-        return _signature_fault(symbol, _parameters_of(found))
+        return _signature_fault(symbol, _parameters_of(definition))
 
     def member(self, owner: str, name: str) -> Definition | None:
         """A class's own member, or that of the first base class with one in the source."""
@@ -396,15 +396,15 @@ class _Source:
         if name in own:
             return own[name]
         bases = (base.id for base in definition.bases if isinstance(base, ast.Name))
-        found = (self.member(base, name) for base in bases)
-        return next((one for one in found if one is not None), None)
+        inherited = (self.member(base, name) for base in bases)
+        return next((one for one in inherited if one is not None), None)
 
     def abstract(self, owner: str) -> list[str]:
         """The class's abstract methods."""
         definition = self._names.get(owner)
         if not isinstance(definition, ast.ClassDef):
             return []
-        return [name for name, found in _defined(definition.body) if _is_abstract(found)]
+        return [name for name, member in _defined(definition.body) if _is_abstract(member)]
 
     def _elsewhere(self, imported: ast.ImportFrom, owner: str, name: str) -> Definition | None:
         module = imported.module or ""
@@ -480,10 +480,12 @@ def _signature_fault(symbol: Symbol, got: _Parameters | None) -> str | None:
 def _parameters_of(definition: Definition) -> _Parameters | None:
     if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
         return None
-    given = definition.args
-    positional = tuple(a.arg for a in (*given.posonlyargs, *given.args))
+    arguments = definition.args
+    positional = tuple(a.arg for a in (*arguments.posonlyargs, *arguments.args))
     return _Parameters(
-        _without_self(positional), tuple(a.arg for a in given.kwonlyargs), given.vararg is not None
+        _without_self(positional),
+        tuple(a.arg for a in arguments.kwonlyargs),
+        arguments.vararg is not None,
     )
 
 
@@ -513,10 +515,10 @@ def _fault(module: ModuleType, symbol: Symbol) -> str | None:
     holder = getattr(module, owner, None)
     if holder is None or (member and not (isinstance(holder, type) and _has(holder, member))):
         return "it is not there"
-    found = getattr(holder, member, None) if member else holder
-    if symbol.parameters is None or not inspect.isroutine(found):
+    attribute = getattr(holder, member, None) if member else holder
+    if symbol.parameters is None or not inspect.isroutine(attribute):
         return None
-    return _signature_fault(symbol, _signature(found))
+    return _signature_fault(symbol, _signature(attribute))
 
 
 def _has(holder: type, member: str) -> bool:

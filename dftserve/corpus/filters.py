@@ -86,9 +86,9 @@ class Filters:
             raise ValueError(f"language_min_words: got {self.language_min_words}; accepted: ≥ 0.")
         for name, known in _WORDS.items():
             if getattr(self, name) not in known:
-                given = getattr(self, name)
+                value = getattr(self, name)
                 raise ValueError(
-                    f"{name}: got {given!r}; accepted: {accepted_names(given, known)}."
+                    f"{name}: got {value!r}; accepted: {accepted_names(value, known)}."
                 )
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
@@ -159,9 +159,9 @@ def verdict(text: Text, filters: Filters) -> str | None:
     if repeated_grams(words) > filters.max_repeated_grams:
         return "repeated phrases"
     if filters.languages and length_in_words(content) >= filters.language_min_words:
-        found = language_of(content)
-        if found not in filters.languages:
-            return f"language {found}"
+        language = language_of(content)
+        if language not in filters.languages:
+            return f"language {language}"
     return None
 
 

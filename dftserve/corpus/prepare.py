@@ -119,10 +119,10 @@ class Report:
         }
 
 
-def _as_counts(given: dict[str, Dropped]) -> dict[str, Any]:
+def _as_counts(dropped: dict[str, Dropped]) -> dict[str, Any]:
     return {
         name: {"count": each.count, "examples": list(each.examples)}
-        for name, each in sorted(given.items())
+        for name, each in sorted(dropped.items())
     }
 
 
@@ -260,10 +260,10 @@ class _Copies:
         return None if known is None else int(known.split()[0])
 
     def _note_repetition(self, piece: Text) -> None:
-        said = piece.content, _tools(piece)
-        if said in self._given:
+        whole = piece.content, _tools(piece)
+        if whole in self._given:
             self._report.note(GIVEN_AGAIN, piece.origin)
-        self._given.add(said)
+        self._given.add(whole)
 
 
 def _count_language(text: Text, filters: Filters, report: Report) -> None:
@@ -318,15 +318,15 @@ def _cannot_hold_out(kept: Sequence[_Kept], report: Report) -> str:
             "none can be held out. Leave `split` out of one, give texts to hold out "
             "(--heldout-from), or hold out nothing (--heldout 0)."
         )
-    found = f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out."
+    reason = f"({kept[0].pieces[0].origin}; {_losses(report)}): none can be held out."
     openings = {opening(text.pieces[0]) for text in kept}
     if len(openings) == 1 and openings != {""}:
         return (
-            f"the corpus is answers to one prompt {found} Give answers to other prompts too, texts "
-            "to hold out (--heldout-from), or hold out nothing (--heldout 0)."
+            f"the corpus is answers to one prompt {reason} Give answers to other prompts too, "
+            "texts to hold out (--heldout-from), or hold out nothing (--heldout 0)."
         )
     return (
-        f"the corpus is one text, or copies of one in large part {found} Give more texts, a book "
+        f"the corpus is one text, or copies of one in large part {reason} Give more texts, a book "
         "as one file per chapter, or hold out nothing (--heldout 0). If texts share a form but are "
         "no copies, corpus.family_threshold=null treats each by itself."
     )

@@ -170,8 +170,8 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (Path(name) for name in entries(folder, most=MOST_FILES))
-    visible = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    paths = (Path(name) for name in entries(folder, most=MOST_FILES))
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     if any(_suffix(path) in RECORDS for path in visible):
         visible = [path for path in visible if not _is_readme(path)]
     return [folder / path for path in sorted(visible, key=lambda path: path.parts)]
@@ -194,8 +194,8 @@ def _split_named(name: str) -> Split | None:
     """The split that a word of a name names (`train_sft`, `alpaca-test-00000-of-00001`); None if
     there is none, or if there are two."""
     words = map(_exact_split, re.split(r"[^a-zA-Z]+", name))
-    found: set[Split] = {split for split in words if split}
-    return found.pop() if len(found) == 1 else None
+    named: set[Split] = {split for split in words if split}
+    return named.pop() if len(named) == 1 else None
 
 
 def _exact_split(word: str) -> Split | None:
@@ -219,8 +219,8 @@ def _file(path: Path, origin: str, fields: Fields, within: Path | None = None) -
     if suffix in TEXTS:
         yield _text_file(path, origin, within)
     elif suffix == ".jsonl":
-        found = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
-        yield from _lines(found, path, origin, fields)
+        raw_lines = lines(path, within=within, largest=LARGEST_RECORDS, longest=LARGEST)
+        yield from _lines(raw_lines, path, origin, fields)
     elif suffix == ".jsonl.gz":
         yield from _lines(_unpacked(path, within), path, origin, fields)
     elif suffix == ".csv":
@@ -250,26 +250,26 @@ def _list(path: Path, origin: str, fields: Fields, within: Path | None) -> Itera
     except FileError as error:
         raise ValueError(with_advice(error, "write it as .jsonl, one record a line")) from None
     try:
-        given = parse_json(_decoded(content, f"{path}"), f"{path}", finite=False)
+        records = parse_json(_decoded(content, f"{path}"), f"{path}", finite=False)
     except FileError as error:
         one_a_line = "correct the file, or, if it has one record a line, name it .jsonl"
         raise ValueError(with_advice(error, one_a_line)) from None
-    if not isinstance(given, list):
+    if not isinstance(records, list):
         raise ValueError(
-            f"{path}: got a {type(given).__name__}; accepted: a list of records, [{{…}}, …]. One "
+            f"{path}: got a {type(records).__name__}; accepted: a list of records, [{{…}}, …]. One "
             "record a line is .jsonl."
         )
-    for number, each in enumerate(given, 1):
+    for number, each in enumerate(records, 1):
         yield record(each, f"{path}, record {number}", f"{origin}:{number}", fields)
 
 
-def _lines(found: Iterable[bytes], path: Path, origin: str, fields: Fields) -> Iterator[Text]:
-    for number, line in enumerate(found, 1):
+def _lines(raw_lines: Iterable[bytes], path: Path, origin: str, fields: Fields) -> Iterator[Text]:
+    for number, line in enumerate(raw_lines, 1):
         where = f"{path}, line {number}"
         if line.strip():
             # NaN and infinity are allowed: other fields of the record may contain them.
-            given = parse_json(_decoded(line, where), where, finite=False)
-            yield record(given, where, f"{origin}:{number}", fields)
+            value = parse_json(_decoded(line, where), where, finite=False)
+            yield record(value, where, f"{origin}:{number}", fields)
 
 
 def _unpacked(path: Path, within: Path | None) -> Iterator[bytes]:
@@ -304,8 +304,10 @@ def _table(path: Path, origin: str, fields: Fields, within: Path | None) -> Iter
                     f"{where}: got {len(values)} fields; accepted: {len(names)}, as in the header. "
                     'Put texts with commas or line ends into "".'
                 )
-            given = {name: value for name, value in zip(names, values, strict=True) if value}
-            yield record(given, where, f"{origin}:{number}", fields)
+            values_by_name = {
+                name: value for name, value in zip(names, values, strict=True) if value
+            }
+            yield record(values_by_name, where, f"{origin}:{number}", fields)
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.line_num}: not a .csv file that can be read ({error}); write it "
@@ -323,8 +325,8 @@ class _Row:
     """Bytes read since the end of the last row."""
 
     def lines(self) -> Iterator[str]:
-        found = lines(self.path, within=self.within, largest=LARGEST_RECORDS, longest=LARGEST)
-        for number, line in enumerate(found, 1):
+        raw_lines = lines(self.path, within=self.within, largest=LARGEST_RECORDS, longest=LARGEST)
+        for number, line in enumerate(raw_lines, 1):
             where = f"{self.path}, line {number}"
             self.size += len(line)
             if self.size > LARGEST:
@@ -344,9 +346,9 @@ def _parquet(path: Path, origin: str, fields: Fields, within: Path | None) -> It
         opened = parquet.ParquetFile(real_file(path, within=within, largest=LARGEST_RECORDS))
         _refuse_large_groups(opened.metadata, path)
         for batch in opened.iter_batches(batch_size=BATCH_ROWS):
-            for given in _values(batch, f"{path}, rows from {row + 1}"):
+            for values in _values(batch, f"{path}, rows from {row + 1}"):
                 row += 1
-                yield record(given, f"{path}, row {row}", f"{origin}:{row}", fields)
+                yield record(values, f"{path}, row {row}", f"{origin}:{row}", fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: not a .parquet file that can be read ({error}); write it again, or leave it "
@@ -388,9 +390,9 @@ def _rows(rows: Any, path: Path, split: str, fields: Fields) -> Iterator[Text]:
     row = 0
     # Raw Arrow values: decoding a feature may open a file whose path is in the row.
     for batch in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        for given in _values(batch, f"{path}, {split} rows from {row + 1}"):
+        for values in _values(batch, f"{path}, {split} rows from {row + 1}"):
             row += 1
-            yield record(given, f"{path}, {split} row {row}", f"{split}:{row}", fields)
+            yield record(values, f"{path}, {split} row {row}", f"{split}:{row}", fields)
 
 
 def _values(batch: Any, where: str) -> Iterator[dict[str, Any]]:
@@ -424,15 +426,15 @@ def _check_dataset(path: Path) -> None:
     splits = [path]
     if (path / DATASET_SPLITS).exists():
         where = path / DATASET_SPLITS
-        given = read_json(where, within=path, largest=LARGEST_STATE, finite=False)
+        state = read_json(where, within=path, largest=LARGEST_STATE, finite=False)
         with shaped_as(where, "the `splits` that save_to_disk writes"):
-            splits = [path / _plain_part(name, where) for name in given["splits"]]
+            splits = [path / _plain_part(name, where) for name in state["splits"]]
     for split in splits:
         where = split / DATASET_STATE
-        given = read_json(where, within=path, largest=LARGEST_STATE, finite=False)
+        state = read_json(where, within=path, largest=LARGEST_STATE, finite=False)
         read_json(split / DATASET_INFO, within=path, largest=LARGEST_STATE, finite=False)
         with shaped_as(where, "the `_data_files` that save_to_disk writes"):
-            names = [_plain_part(each["filename"], where) for each in given["_data_files"]]
+            names = [_plain_part(each["filename"], where) for each in state["_data_files"]]
         for name in names:
             real_file(split / name, within=path, largest=LARGEST_RECORDS)
 

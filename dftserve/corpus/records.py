@@ -22,8 +22,8 @@ from dftserve.settings import quoted
 Turns = tuple[Mapping[str, Any], ...]
 
 CALLS = ("tool_calls", "function_call")
-UNSAID = ("role", "content", "name", "weight")
-"""Fields of a turn that are not among its other texts."""
+NOT_TEXTS = ("role", "content", "name", "weight")
+"""Fields of a turn that hold none of its further texts, such as its reasoning."""
 FIELDS = (
     "`text`, or `messages`, or `prompt` and `response` or `completion`, or `conversations` "
     "(ShareGPT), or `instruction` and `output` (Alpaca)"
@@ -42,8 +42,8 @@ ROLES = {
 }
 """ShareGPT's values of `from`, in any case, → roles; there are no others."""
 VERDICTS = ("label", "kto_tag")
-"""Fields that say of an answer whether it is a good one, in data for KTO."""
-ASKING_NOTHING = ("system", "developer", "assistant")
+"""Fields of data for KTO that tell whether an answer is a good one."""
+NOT_ASKING = ("system", "developer", "assistant")
 """Roles of turns that ask nothing."""
 
 
@@ -86,7 +86,7 @@ class Fields:
 KNOWN = Fields()
 
 
-def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Text:
+def record(content: object, where: str, origin: str, fields: Fields = KNOWN) -> Text:
     """The text of a record: its turns, pair or plain text, and the fields that go with it.
 
     Args:
@@ -96,9 +96,9 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
     Raises:
         ValueError: a field is missing or has the wrong type; the message begins with `where`.
     """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: an object with {FIELDS}.")
-    has = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: got {quoted(content)}; accepted: an object with {FIELDS}.")
+    has = {name: value for name, value in content.items() if value is not None}
     turns: Turns | None = None
     if (name := _listed(has, fields)) is not None:
         turns = _turns(has[name], f"{where}, {name}", fields)
@@ -109,7 +109,7 @@ def record(given: object, where: str, origin: str, fields: Fields = KNOWN) -> Te
     if turns is not None:
         if fields.are_known:
             _refuse_bad_answer(has, where)
-        tools = _tools(given.get("tools"), f"{where}, tools")
+        tools = _tools(content.get("tools"), f"{where}, tools")
         return _conversation((*_system(has, fields, where, turns), *turns), origin, tools)
     names = ", ".join(sorted(map(str, has))) or "none"
     wanted = FIELDS if fields.are_known else "those that `fields` names"
@@ -167,14 +167,14 @@ def _has_history(has: Mapping[str, Any], fields: Fields) -> bool:
     return fields.are_known and bool(has.get("history"))
 
 
-def _history(given: object, where: str) -> Turns:
+def _history(value: object, where: str) -> Turns:
     """Turns from earlier pairs of a question and its answer, [[question, answer], …]."""
-    if isinstance(given, str):  # JSON in a string column, as some datasets store it.
-        given = parse_json(given, where)
-    pairs: list[Any] = given if isinstance(given, list) else [given]
+    if isinstance(value, str):  # JSON in a string column, as some datasets store it.
+        value = parse_json(value, where)
+    pairs: list[Any] = value if isinstance(value, list) else [value]
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError(
-            f"{where}: got {quoted(given)}; accepted: a list of pairs, [[question, answer], …]."
+            f"{where}: got {quoted(value)}; accepted: a list of pairs, [[question, answer], …]."
         )
     return tuple(
         turn
@@ -195,15 +195,15 @@ def _system(has: Mapping[str, Any], fields: Fields, where: str, turns: Turns) ->
     return ({"role": "system", "content": _string(has[name], f"{where}, {name}")},)
 
 
-def _tools(given: object, where: str) -> tuple[Any, ...]:
-    if isinstance(given, str):  # JSON in a string column, as some datasets store it.
-        given = parse_json(given, where) if given.strip() else None
-    if given is None:
+def _tools(value: object, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str):  # JSON in a string column, as some datasets store it.
+        value = parse_json(value, where) if value.strip() else None
+    if value is None:
         return ()
-    if not isinstance(given, list) or not all(isinstance(each, Mapping) for each in given):
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: a list of JSON schemas.")
-    _check_unicode(given, where)
-    return tuple(map(_without_nulls, given))
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise ValueError(f"{where}: got {quoted(value)}; accepted: a list of JSON schemas.")
+    _check_unicode(value, where)
+    return tuple(map(_without_nulls, value))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -214,12 +214,12 @@ def _without_nulls(value: Any) -> Any:
     return [*map(_without_nulls, value)] if isinstance(value, list | tuple) else value
 
 
-def _turns(given: object, where: str, fields: Fields) -> Turns:
-    if isinstance(given, str):  # JSON in a string column, as some datasets store it.
-        given = parse_json(given, where)
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: a list of turns.")
-    named = (_named(each, fields, f"{where}[{i}]") for i, each in enumerate(given))
+def _turns(value: object, where: str, fields: Fields) -> Turns:
+    if isinstance(value, str):  # JSON in a string column, as some datasets store it.
+        value = parse_json(value, where)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: got {quoted(value)}; accepted: a list of turns.")
+    named = (_named(each, fields, f"{where}[{i}]") for i, each in enumerate(value))
     return tuple(_turn(each, f"{where}[{i}]") for i, each in enumerate(named))
 
 
@@ -237,25 +237,25 @@ def _named(turn: object, fields: Fields, where: str) -> object:
     return {**rest, "role": who, "content": turn.get(content)}
 
 
-def _role(given: str, name: str, where: str, *, is_sharegpt: bool) -> str:
+def _role(value: str, name: str, where: str, *, is_sharegpt: bool) -> str:
     if not is_sharegpt:
-        return SPEAKERS.get(given.lower(), given)
-    if given.lower() not in ROLES:
+        return SPEAKERS.get(value.lower(), value)
+    if value.lower() not in ROLES:
         raise ValueError(
-            f"{where}.{name}: got {quoted(given)}; accepted: {', '.join(sorted(ROLES))}. "
+            f"{where}.{name}: got {quoted(value)}; accepted: {', '.join(sorted(ROLES))}. "
             "`fields: {roles: {…}}` in a YAML of corpora says which role another is."
         )
-    return ROLES[given.lower()]
+    return ROLES[value.lower()]
 
 
-def _turn(given: object, where: str) -> Mapping[str, Any]:
+def _turn(raw_turn: object, where: str) -> Mapping[str, Any]:
     """A checked turn, with every field that has a value: the chat template decides which it
     uses."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: `role` and `content`.")
-    turn = {str(name): value for name, value in _without_nulls(given).items()}
-    turn["role"] = _string(given.get("role"), f"{where}.role")
-    content = _joined(given.get("content"), f"{where}.content")
+    if not isinstance(raw_turn, Mapping):
+        raise ValueError(f"{where}: got {quoted(raw_turn)}; accepted: `role` and `content`.")
+    turn = {str(name): value for name, value in _without_nulls(raw_turn).items()}
+    turn["role"] = _string(raw_turn.get("role"), f"{where}.role")
+    content = _joined(raw_turn.get("content"), f"{where}.content")
     if content is None and any(turn.get(name) for name in CALLS):
         content = ""
     turn["content"] = _string(content, f"{where}.content")
@@ -263,15 +263,15 @@ def _turn(given: object, where: str) -> Mapping[str, Any]:
     return turn
 
 
-def _joined(given: object, where: str) -> object:
+def _joined(content: object, where: str) -> object:
     """The content of a turn as one text: a list of parts is joined, and all must be texts."""
-    if not isinstance(given, list):
-        return given
-    for part in given:
+    if not isinstance(content, list):
+        return content
+    for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise ValueError(f"{where}: got a part of the type {quoted(kind)}; accepted: text.")
-    return "".join(_string(part.get("text"), where) for part in given)
+    return "".join(_string(part.get("text"), where) for part in content)
 
 
 def _conversation(
@@ -289,7 +289,7 @@ def turn_text(turn: Mapping[str, Any]) -> str:
     calls = [json.dumps(turn[name], ensure_ascii=False) for name in CALLS if turn.get(name)]
     others = [
         turn[name]
-        for name in sorted(turn.keys() - {*UNSAID, *CALLS})
+        for name in sorted(turn.keys() - {*NOT_TEXTS, *CALLS})
         if turn["role"] == "assistant" and isinstance(turn[name], str) and turn[name]
     ]
     return "\n".join([*([turn["content"]] if turn["content"] else []), *calls, *others])
@@ -301,7 +301,7 @@ def opening(text: Text) -> str:
     An assistant's greeting before anybody spoke is not an answer, unless nobody else speaks at all.
     """
     turns = text.messages or ()
-    start = next((i for i, turn in enumerate(turns) if turn["role"] not in ASKING_NOTHING), 0)
+    start = next((i for i, turn in enumerate(turns) if turn["role"] not in NOT_ASKING), 0)
     until_answer = itertools.takewhile(lambda turn: turn["role"] != "assistant", turns[start:])
     return "".join(f"{turn_text(turn)}\n\n" for turn in (*turns[:start], *until_answer))
 
@@ -311,16 +311,16 @@ def plain(content: str, origin: str) -> Text:
     return Text(content.replace("\r\n", "\n").replace("\r", "\n"), None, origin)
 
 
-def _string(given: object, where: str) -> str:
-    if not isinstance(given, str):
-        raise ValueError(f"{where}: got {quoted(given)}; accepted: a text.")
+def _string(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: got {quoted(value)}; accepted: a text.")
     try:
-        given.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{where}: half a surrogate pair at character {error.start}; accepted: valid Unicode."
         ) from None
-    return given
+    return value
 
 
 def _check_unicode(value: Any, where: str) -> None:

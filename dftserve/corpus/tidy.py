@@ -78,8 +78,8 @@ class _Span:
 
     @classmethod
     def first(cls, bounds: Bounds, content: str, at: int) -> "_Span | None":
-        found = bounds[0].search(content, at)
-        return cls(bounds, *found.span()) if found else None
+        match = bounds[0].search(content, at)
+        return cls(bounds, *match.span()) if match else None
 
 
 def _without_fences(content: str) -> str:
@@ -104,8 +104,8 @@ def _without_fences(content: str) -> str:
     return _lines(lines, kept)
 
 
-def _marks(found: re.Match[str] | None) -> str:
-    return found[1] if found else ""
+def _marks(match: re.Match[str] | None) -> str:
+    return match[1] if match else ""
 
 
 def _longest_after(mark: str, fences: Sequence[str]) -> list[int]:

@@ -98,9 +98,9 @@ def _heartbeat(console: Console, start: float) -> Iterator[None]:
 
 
 def _answers(model: Path, kept: Path, folder: Path, console: Console) -> list[ask.Answer]:
-    if (found := ask.load(kept)) is not None:
+    if (stored := ask.load(kept)) is not None:
         console.print(f"They are already in {kept}.", highlight=False)
-        return found
+        return stored
     log = folder / f"{kept.stem}.log"
     with console.status("Starting vLLM…") as status, _one_thread_each():
         console.print(f"Starting vLLM; its log is {log}.", highlight=False)

@@ -47,10 +47,10 @@ def _of_base(module: str, base: ast.expr, left: int) -> set[str] | None:
             return None
 
 
-def _union(found: list[set[str] | None]) -> set[str] | None:
+def _union(names_of_bases: list[set[str] | None]) -> set[str] | None:
     """The known names; None only if there are none and a base class is unknown."""
-    known = {name for one in found if one for name in one}
-    return known if known or None not in found else None
+    known = {name for one in names_of_bases if one for name in one}
+    return known if known or None not in names_of_bases else None
 
 
 @dataclass(frozen=True)

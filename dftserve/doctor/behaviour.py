@@ -255,8 +255,8 @@ def _styles(requests: _Requests) -> Finding:
             answer = requests.answer(0, style=name, temperature=1)
     except _RefusedError as refusal:
         return warning("styles", f"not checked: {refusal}.")
-    found = (answer.model_extra or {}).get("style") or {}
-    if found.get("name") != name:
+    in_force = (answer.model_extra or {}).get("style") or {}
+    if in_force.get("name") != name:
         return error("styles", f"{name} was asked for, but it is not in the answer.")
     return ok("styles", f"loaded: {', '.join(loaded)}; in force when asked for: {name}.")
 

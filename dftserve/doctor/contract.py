@@ -56,10 +56,10 @@ def _version(root: Root) -> Finding:
     """vLLM's build writes it into `_version.py`; a checkout has none."""
     file = package(root) / "_version.py"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.search(r"""^__version__ = (?:\w+ = )?["']([^"']+)""", text, re.MULTILINE)
-    if found is None:
+    match = re.search(r"""^__version__ = (?:\w+ = )?["']([^"']+)""", text, re.MULTILINE)
+    if match is None:
         return warning("vllm", "of unknown version: it was not built, there is no _version.py.")
-    return packages.supported_vllm(found[1])
+    return packages.supported_vllm(match[1])
 
 
 @functools.cache

@@ -21,8 +21,8 @@ def findings(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def runner(environment: Mapping[str, str]) -> str | None:
     """V1 or V2; None if there is no vLLM or `SWITCH` has an unacceptable value."""
-    found = _runner(environment) if folder("vllm") is not None else None
-    return None if found is None or found.state == "error" else found.text[:2]
+    finding = _runner(environment) if folder("vllm") is not None else None
+    return None if finding is None or finding.state == "error" else finding.text[:2]
 
 
 def _runner(environment: Mapping[str, str]) -> Finding:

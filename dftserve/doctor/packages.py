@@ -45,10 +45,10 @@ def folder(package: str) -> Path | None:
 
 def supported_vllm(version: str) -> Finding:
     """Whether the plug-in does anything on this version of vLLM."""
-    found = minor(version) or (0, 0)
-    if found in SUPPORTED:
+    release = minor(version) or (0, 0)
+    if release in SUPPORTED:
         return ok("vllm", version)
-    if found < SUPPORTED[0]:
+    if release < SUPPORTED[0]:
         text = f"{version}; supported: {supported_range()}: pip install 'vllm{requirement()}'"
         return error("vllm", text)
     text = f"{version}; supported: {supported_range()}: a request with diversity gets 400."
@@ -119,12 +119,14 @@ def _package(name: str, missing: Callable[[str, str], Finding]) -> Finding:
 
 
 def _transformers() -> Finding:
-    found = _package("transformers", warning)
+    finding = _package("transformers", warning)
     oldest, beyond = TRANSFORMERS
-    if found.state == "ok" and not _release(oldest) <= _release(found.text) < _release(beyond):
-        text = f"{found.text}; training and evaluation are tested from {oldest} to below {beyond}."
+    if finding.state == "ok" and not _release(oldest) <= _release(finding.text) < _release(beyond):
+        text = (
+            f"{finding.text}; training and evaluation are tested from {oldest} to below {beyond}."
+        )
         return warning("transformers", text)
-    return found
+    return finding
 
 
 def _release(version: str) -> tuple[int, ...]:

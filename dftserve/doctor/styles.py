@@ -18,14 +18,14 @@ def findings(environment: Mapping[str, str], model: str | None) -> Iterator[Find
         model: the folder or the name of the model to be served; None: profiles are not checked
             against a model.
     """
-    given = environment.get(STYLES_VARIABLE, "")
-    if not given:
+    value = environment.get(STYLES_VARIABLE, "")
+    if not value:
         return
-    folder = Path(given)
+    folder = Path(value)
     if not folder.is_dir():
         yield error(
             STYLES_VARIABLE,
-            f"got {given!r}; accepted: a folder of profiles (dftserve style build).",
+            f"got {value!r}; accepted: a folder of profiles (dftserve style build).",
         )
         return
     try:

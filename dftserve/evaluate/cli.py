@@ -164,12 +164,12 @@ def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
         from dftserve.checkpoint import add_to_card
         from dftserve.evaluate.accuracy.drift import drift
 
-        found = drift(before, after)
-        for line in found.alone:
+        result = drift(before, after)
+        for line in result.alone:
             click.echo(f"{line}; it is left out", err=True)
-        click.echo(found.render())
+        click.echo(result.render())
         if card is not None:
-            add_to_card(card, "Accuracy before and after tuning", found.explained())
+            add_to_card(card, "Accuracy before and after tuning", result.explained())
 
 
 @evaluate.command("benchmark", context_settings={"ignore_unknown_options": True})
@@ -232,11 +232,11 @@ def likelihood(model: str, anchors: Path, answers: Path | None, as_json: bool) -
         model = model_of(model)
         from transformers.utils import logging
 
-        from dftserve.evaluate.perplexity import surprise
+        from dftserve.evaluate.perplexity import likelihood_report
 
         logging.disable_progress_bar()
-        found = surprise(model, anchors, answers)
-        click.echo(found.as_json() if as_json else found.render())
+        result = likelihood_report(model, anchors, answers)
+        click.echo(result.as_json() if as_json else result.render())
 
 
 @evaluate.command("judge")
@@ -278,8 +278,8 @@ def judge(
             max_tokens=max_tokens,
             at_once=concurrency,
         )
-        found = judged(pairs(out, human, diversity, words), judge_model, out / "judged.jsonl")
-        click.echo(found.as_json() if as_json else found.render())
+        result = judged(pairs(out, human, diversity, words), judge_model, out / "judged.jsonl")
+        click.echo(result.as_json() if as_json else result.render())
 
 
 @evaluate.group("blind")
@@ -311,9 +311,9 @@ def blind_page(
         from dftserve.evaluate.preference.human_test import KEY, page
         from dftserve.evaluate.preference.pairs import pairs
 
-        found = pairs(out, human, diversity, words)
-        page(found, html, seed=seed, title=title, question=question)
-        click.echo(f"{html}: {len(found)} trials. Keep {html}{KEY} to yourself.")
+        trials = pairs(out, human, diversity, words)
+        page(trials, html, seed=seed, title=title, question=question)
+        click.echo(f"{html}: {len(trials)} trials. Keep {html}{KEY} to yourself.")
 
 
 @blind.command("verdict")
@@ -326,8 +326,8 @@ def blind_verdict(key: Path, answers: tuple[Path, ...], margin: float, as_json: 
     with usage_errors():
         from dftserve.evaluate.preference.human_test import verdict
 
-        found = verdict(answers, key, margin=margin)
-        click.echo(found.as_json() if as_json else found.render())
+        result = verdict(answers, key, margin=margin)
+        click.echo(result.as_json() if as_json else result.render())
 
 
 @evaluate.group("anchors")
@@ -347,10 +347,10 @@ def anchors_build(corpus: Path, out: Path, words: int, pieces: int, seed: int) -
     with usage_errors():
         from dftserve.evaluate import reference
 
-        found = reference.samples(corpus, words=words, pieces=pieces)
-        works = len({each.source for each in found})
-        click.echo(f"{len(found)} texts from {works} works.")
-        built = reference.build(found, words=words, seed=seed)
+        texts = reference.samples(corpus, words=words, pieces=pieces)
+        works = len({each.source for each in texts})
+        click.echo(f"{len(texts)} texts from {works} works.")
+        built = reference.build(texts, words=words, seed=seed)
         reference.save(built, out)
         click.echo(reference.render(built))
         for warning in reference.warnings(built, works):
@@ -387,9 +387,9 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _object(text: str, option: str) -> dict[str, object]:
     try:
-        given = parse_json(text, option)
+        value = parse_json(text, option)
     except ValueError:
-        given = None
-    if not isinstance(given, dict):
+        value = None
+    if not isinstance(value, dict):
         raise ValueError(f"{option}: got {text!r:.80}; accepted: a JSON object.")
-    return given
+    return value

@@ -13,7 +13,7 @@ from dftserve.evaluate.text.windows import Windows
 
 
 @dataclass(frozen=True)
-class Surprise:
+class LikelihoodReport:
     """Likelihood of human text and of answers, cut to the length of the anchors' windows."""
 
     model: str
@@ -31,12 +31,15 @@ class Surprise:
             f"{self.model}: {self.bits_per_byte.render(3)} bits per byte of held-out human text",
             f"{'nats a token':20}{'mean':>24}{'spread':>24}",
             _line("human", self.human),
-            *(_line(f"diversity {json.dumps(level)}", found) for level, found in self.answers),
+            *(
+                _line(f"diversity {json.dumps(level)}", surprisal)
+                for level, surprisal in self.answers
+            ),
         ]
         return "\n".join(lines)
 
 
-def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
+def likelihood_report(model: str, anchors: Path, evaluation: Path | None) -> LikelihoodReport:
     """Measure the anchors' held-out texts and, if given, an evaluation's answers.
 
     Raises:
@@ -50,13 +53,17 @@ def surprise(model: str, anchors: Path, evaluation: Path | None) -> Surprise:
     (_, _, human), *answers = [
         (level, windows.groups, [next(nats) for _ in windows.texts]) for level, windows in sets
     ]
-    return Surprise(
+    return LikelihoodReport(
         model,
         bits_of(test.texts, human, test.groups),
         surprisal_of(human, test.groups),
-        tuple((level, surprisal_of(found, groups)) for level, groups, found in answers if found),
+        tuple(
+            (level, surprisal_of(nats_of_texts, groups))
+            for level, groups, nats_of_texts in answers
+            if nats_of_texts
+        ),
     )
 
 
-def _line(name: str, found: Surprisal) -> str:
-    return f"{name:20}{found.mean.render():>24}{found.sd.render():>24}"
+def _line(name: str, surprisal: Surprisal) -> str:
+    return f"{name:20}{surprisal.mean.render():>24}{surprisal.sd.render():>24}"

@@ -94,15 +94,15 @@ def samples(corpus: Path, *, words: int = WORDS, pieces: int = 1) -> list[Sample
     Args:
         pieces: the maximum number of windows that are cut from one long work.
     """
-    found = []
+    windows = []
     for text in read(corpus):
         turns = text.messages or ({"role": "assistant", "content": text.content},)
         questions = [turn["content"] for turn in turns if turn["role"] == "user"]
         answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
         if answers:
             prompt = questions[-1] if questions else ""
-            found += cut(Sample(answers[-1], prompt, text.origin), words, pieces)
-    return found
+            windows += cut(Sample(answers[-1], prompt, text.origin), words, pieces)
+    return windows
 
 
 def build(samples: Iterable[Sample], *, words: int = WORDS, seed: int = 0) -> Anchors:
@@ -233,18 +233,18 @@ def warnings(anchors: Anchors, works: int) -> list[str]:
     Args:
         works: the number of works that the texts are from.
     """
-    found, people = [], anchors.human.sds.value
+    problems, people = [], anchors.human.sds.value
     if works < FEW_WORKS:
-        found.append(
+        problems.append(
             f"The texts are from {works} works, so human variety is measured on few authors. "
             f"Add texts by other people, from {FEW_WORKS} works or more."
         )
     if people < LOW_SCORE:
-        found.append(
+        problems.append(
             f"Held-out human text scores {people:.0f} and should score about 95: the splits "
             "differ in kind. Add texts from more works, or leave out those unlike the rest."
         )
-    return found
+    return problems
 
 
 def digest(folder: Path) -> str:
@@ -380,8 +380,8 @@ def _about(anchors: Anchors) -> dict[str, Any]:
 
 
 def _read_splits(folder: Path, words: int) -> dict[str, Windows]:
-    found = lines(folder / TEXTS, within=folder, largest=LARGEST_TEXTS, longest=LARGEST_LINE)
-    rows = [parse_json(line, f"{folder / TEXTS}, line {i}") for i, line in enumerate(found, 1)]
+    raw_lines = lines(folder / TEXTS, within=folder, largest=LARGEST_TEXTS, longest=LARGEST_LINE)
+    rows = [parse_json(line, f"{folder / TEXTS}, line {i}") for i, line in enumerate(raw_lines, 1)]
     return {
         name: Windows(
             words=words,

@@ -305,20 +305,20 @@ def _side(
 
 def _level(
     diversity: Any,
-    given: _AtLevel,
+    at_level: _AtLevel,
     prompts: Sequence[Prompt],
     anchors: Anchors,
     side: Callable[[Windows, Windows, Score], Side],
 ) -> Level:
-    uncut = given.uncut
+    uncut = at_level.uncut
     return Level(
         diversity=diversity,
-        side=side(given.windows, anchors.test, _score(given.windows, given.cut, anchors)),
+        side=side(at_level.windows, anchors.test, _score(at_level.windows, at_level.cut, anchors)),
         tokens=mean([each.tokens for each in uncut], groups=_prompt_groups(uncut)),
-        cut=given.cut,
+        cut=at_level.cut,
         unfinished=sum(each.finish_reason == "length" for each in uncut),
         entropy=_entropy(uncut),
-        samples=_samples(prompts, given.answers),
+        samples=_samples(prompts, at_level.answers),
     )
 
 
@@ -326,13 +326,13 @@ def _sample(answer: Answer, prompts: Sequence[Prompt]) -> Sample:
     """A cut answer is an empty text, so that the others to its prompt are still enough to compare
     within it."""
     prompt = prompts[answer.place]
-    return Sample("" if answer.is_cut else answer.said, prompt.text, group=prompt.group)
+    return Sample("" if answer.is_cut else answer.final_text, prompt.text, group=prompt.group)
 
 
 def _score(texts: Windows, cut: int, anchors: Anchors) -> Score:
     """The score, whose numbers of texts do not include the answers that are cut."""
-    found = score(texts, anchors.sds_reference)
-    return replace(found, texts=found.texts - cut, short=found.short - cut)
+    whole_score = score(texts, anchors.sds_reference)
+    return replace(whole_score, texts=whole_score.texts - cut, short=whole_score.short - cut)
 
 
 def _require_english(windows: Sequence[Windows]) -> None:
@@ -394,7 +394,7 @@ def _samples(
     prompts: Sequence[Prompt], answers: Sequence[Answer]
 ) -> tuple[tuple[str, str | None], ...]:
     first = {
-        answer.place: None if answer.is_cut else answer.said
+        answer.place: None if answer.is_cut else answer.final_text
         for answer in answers
         if answer.sample == 0
     }

@@ -89,15 +89,15 @@ def listening(port: int) -> Iterator[socket.socket]:
     Raises:
         OSError: the port is taken or cannot be used.
     """
-    with socket.socket() as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((HOST, port))
-            found.listen()
+            listener.bind((HOST, port))
+            listener.listen()
         except OSError as error:
             advice = "choose another --port, or 0 for any free port"
             raise OSError(f"port {port} of {HOST}: {error.strerror}; {advice}.") from None
-        yield found
+        yield listener
 
 
 def run(upstream: Upstream, listener: socket.socket) -> None:
@@ -131,11 +131,11 @@ def app(upstream: Upstream) -> Starlette:
 async def page_file(request: Request) -> Response:
     """One of the page's files, looked up by name, so that no other file can be reached."""
     name = request.path_params.get("name", "page.html")
-    found = {each.name: each for each in STATIC.iterdir()}
-    if name not in found:
+    files = {each.name: each for each in STATIC.iterdir()}
+    if name not in files:
         return Response(status_code=404)
     kind = MEDIA_TYPES[name.rpartition(".")[2]]
-    return Response(found[name].read_bytes(), media_type=kind, headers=SECURITY)
+    return Response(files[name].read_bytes(), media_type=kind, headers=SECURITY)
 
 
 # ── The upstream server ──────────────────────────────────────────────────────────────────────────
@@ -143,28 +143,28 @@ async def page_file(request: Request) -> Response:
 
 async def server_info(request: Request) -> Response:
     """The upstream server's models and capabilities, or what is wrong with it."""
-    found = await read_info(request.app.state.client, request.app.state.upstream)
-    return JSONResponse(found, headers=SECURITY)
+    info = await read_info(request.app.state.client, request.app.state.upstream)
+    return JSONResponse(info, headers=SECURITY)
 
 
 async def read_info(client: httpx.AsyncClient, upstream: Upstream) -> dict[str, Any]:
     """What the page shows of the server: its models and capabilities, or the problem in words."""
     url = upstream.url
-    found: dict[str, Any] = {"url": url, "key_variable": upstream.key_variable}
-    found |= {"models": [], "capabilities": None, "problem": None}
+    info: dict[str, Any] = {"url": url, "key_variable": upstream.key_variable}
+    info |= {"models": [], "capabilities": None, "problem": None}
     try:
         models = await client.get("models", timeout=INFO_TIMEOUT_S)
         if models.status_code in (401, 403):
             refused = f"{url} refuses the API key of {upstream.key_variable} (--api-key-env)."
-            return found | {"problem": refused}
+            return info | {"problem": refused}
         models.raise_for_status()
-        found["models"] = [str(each["id"]) for each in models.json()["data"]]
+        info["models"] = [str(each["id"]) for each in models.json()["data"]]
         capabilities = await client.get("dft/capabilities", timeout=INFO_TIMEOUT_S)
         if capabilities.status_code == 200 and isinstance(content := capabilities.json(), dict):
-            found["capabilities"] = content
+            info["capabilities"] = content
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        return found | {"problem": unreachable(url, error)}
-    return found | {"problem": inactive(found["capabilities"])}
+        return info | {"problem": unreachable(url, error)}
+    return info | {"problem": inactive(info["capabilities"])}
 
 
 def inactive(capabilities: Mapping[str, Any] | None) -> str | None:

@@ -134,14 +134,14 @@ def shapes(figure: Figure) -> list[Shape]:
     lines = [shape for series, tone, _ in styled for shape in _lines(figure, series, tone)]
     marks = [shape for each in styled for shape in _marks(figure, *each)]
     references = [shape for each in figure.references for shape in _reference(figure, each)]
-    taken = [_Box.around(each) for each in (*lines, *marks) if _obscures_labels(each)]
+    occupied = [_Box.around(each) for each in (*lines, *marks) if _obscures_labels(each)]
     return [
         *_frame(figure),
         *_legend(styled),
         *references,
         *lines,
         *marks,
-        *_labels(figure, styled, taken),
+        *_labels(figure, styled, occupied),
     ]
 
 
@@ -280,7 +280,7 @@ def _marks(figure: Figure, series: Series, tone: Tone, form: Form) -> Iterator[M
 
 
 def _labels(
-    figure: Figure, styled: Sequence[tuple[Series, Tone, Form]], taken: list[_Box]
+    figure: Figure, styled: Sequence[tuple[Series, Tone, Form]], occupied: list[_Box]
 ) -> Iterator[Shape]:
     """The labels, each placed where it hides least: a reference's along its line, a point's next to
     it."""
@@ -292,8 +292,8 @@ def _labels(
         if point.label
     ]
     for texts in choices:
-        best = min(texts, key=lambda text: _hidden(_Box.of(text), taken))
-        taken = [*taken, *[_Box.of(best)] * LABEL_WEIGHT]
+        best = min(texts, key=lambda text: _hidden(_Box.of(text), occupied))
+        occupied = [*occupied, *[_Box.of(best)] * LABEL_WEIGHT]
         yield best
 
 
@@ -353,8 +353,8 @@ _BESIDE: tuple[tuple[float, float, Anchor], ...] = (
 )
 
 
-def _hidden(box: _Box, taken: Iterable[_Box]) -> float:
+def _hidden(box: _Box, occupied: Iterable[_Box]) -> float:
     """The area of other boxes that a label covers; area outside the axes counts four times."""
     whole = (box.x1 - box.x0) * (box.y1 - box.y0)
     inside = box.overlap(_Box(LEFT, TOP - 12, RIGHT, BOTTOM))
-    return sum(map(box.overlap, taken)) + 4 * (whole - inside)
+    return sum(map(box.overlap, occupied)) + 4 * (whole - inside)

@@ -40,8 +40,8 @@ class Penalties:
 
     def split(self, rows: int) -> Iterator["Penalties"]:
         """Parts of at most `rows` rows, as views."""
-        given = self.token_PK, self.nats_PK, self.place_P
-        for part in zip(*(each.split(rows) for each in given), strict=True):
+        tensors = self.token_PK, self.nats_PK, self.place_P
+        for part in zip(*(each.split(rows) for each in tensors), strict=True):
             yield Penalties(*part)
 
 
@@ -101,17 +101,17 @@ class Step:
         in length from the others."""
         rows = self.slot_R.shape
         for name, dtype in _TYPES.items():
-            given: Tensor | None = getattr(self, name)
-            if given is None:
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
                 continue
-            if given.dtype is not dtype or given.dim() != 1 or not given.is_contiguous():
+            if tensor.dtype is not dtype or tensor.dim() != 1 or not tensor.is_contiguous():
                 raise ValueError(
-                    f"{name}: got {given.dtype}, shape {tuple(given.shape)}, strides "
-                    f"{given.stride()}; accepted: a contiguous list of {dtype}."
+                    f"{name}: got {tensor.dtype}, shape {tuple(tensor.shape)}, strides "
+                    f"{tensor.stride()}; accepted: a contiguous list of {dtype}."
                 )
-            if name != "known_S" and given.shape != rows:
+            if name != "known_S" and tensor.shape != rows:
                 raise ValueError(
-                    f"{name}: got {len(given)} and {len(self.slot_R)} slots; accepted: as many."
+                    f"{name}: got {len(tensor)} and {len(self.slot_R)} slots; accepted: as many."
                 )
 
     def samples_R(self) -> Tensor:

@@ -176,9 +176,9 @@ def _tekkenizer(tokenizer: Any) -> Any:
     have the bytes of incomplete characters."""
     wrapped = getattr(tokenizer, "tokenizer", None)
     instruct = getattr(wrapped, "instruct_tokenizer", None)
-    for found in (tokenizer, wrapped, getattr(instruct, "tokenizer", None)):
-        if all(hasattr(found, name) for name in TEKKENIZER):
-            return found
+    for candidate in (tokenizer, wrapped, getattr(instruct, "tokenizer", None)):
+        if all(hasattr(candidate, name) for name in TEKKENIZER):
+            return candidate
     return None
 
 

@@ -269,7 +269,11 @@ def _from_server(job: Job, say: Say, tick: Tick) -> list[Sample]:
         say(unknown)
 
     answers = grid.generate(wanted, folder, server=server, concurrency=job.concurrency, tick=tick)
-    return [Sample(each.said, asked[each.place].text) for each in answers if each.said.strip()]
+    return [
+        Sample(each.final_text, asked[each.place].text)
+        for each in answers
+        if each.final_text.strip()
+    ]
 
 
 def on_shared_prompts(
@@ -402,13 +406,13 @@ def _recall(
 ) -> dict[str, Any]:
     """Recall and precision on the held-out answers and the corpus."""
     unseen = [n for n, is_held_out in enumerate(held_out) if is_held_out]
-    found = spellings.compare(
+    comparison = spellings.compare(
         automaton,
         Finder(phrases),
         [*(texts[model][n] for n in unseen), *texts[human]],
         [*(encoded[model][n] for n in unseen), *encoded[human]],
     )
-    return {**asdict(found), "recall": found.recall, "precision": found.precision}
+    return {**asdict(comparison), "recall": comparison.recall, "precision": comparison.precision}
 
 
 def _tilt(

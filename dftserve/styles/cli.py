@@ -146,11 +146,11 @@ def style_fit(plots: Path | None, **options) -> None:
         if plots is not None:
             png.check(plots)
         with answers_bar() as tick:
-            found = fit(job, lambda line: click.echo(line, err=True), tick)
+            result = fit(job, lambda line: click.echo(line, err=True), tick)
         if plots is not None:
-            png.write(fit_figures(found.stored.profile, found.fitted, found.rates), plots)
-        place = job.out / found.stored.profile.name
+            png.write(fit_figures(result.stored.profile, result.fitted, result.rates), plots)
+        place = job.out / result.stored.profile.name
         click.echo(
-            f"{place}: the frozen profile, after {len(found.rounds)} rounds ({found.ended})."
+            f"{place}: the frozen profile, after {len(result.rounds)} rounds ({result.ended})."
         )
         click.echo(f"{job.out / REPORT} has its rounds.", err=True)

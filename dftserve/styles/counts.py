@@ -173,9 +173,9 @@ def over_used(model: Side, human: Side, choice: Choice, known: Iterable[str] = (
     for name, side in (("the model's answers", model), ("the corpus", human)):
         if not side.words:
             raise ValueError(f"{name}: got no words; accepted: English prose.")
-    found = _mined(model, human, choice)
-    found |= _known(model, human, choice, known, taken=set(found))
-    chosen = _without_overlaps(_without_parts(found, choice.explained), choice.explained)
+    candidates = _mined(model, human, choice)
+    candidates |= _known(model, human, choice, known, taken=set(candidates))
+    chosen = _without_overlaps(_without_parts(candidates, choice.explained), choice.explained)
     return sorted(chosen, key=_weight, reverse=True)[: choice.most]
 
 
@@ -225,7 +225,7 @@ Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Candidate:
     """A phrase and its occurrences in the model's texts."""
 
     tally: Tally
@@ -244,7 +244,7 @@ class _Uses:
         return len(self.model) + len(self.human)
 
 
-def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
+def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Candidate]:
     uses = _frequent(model, human, choice.least_texts)
     known_names, common = names(model, human), _common(human)
     # Filtered before the tests, so that fewer of them need correction.
@@ -259,13 +259,13 @@ def _mined(model: Side, human: Side, choice: Choice) -> dict[Gram, _Found]:
         if _is_habit(grams[n], uses[grams[n]].model, model, choice)
     }
     places = _places(model, tested)
-    found = {
+    candidates = {
         gram: _found(gram, places[gram], uses[gram], model, human, *tested[gram], known=False)
         for gram in tested
     }
     return {
         gram: one
-        for gram, one in found.items()
+        for gram, one in candidates.items()
         if one.tally.log_ratio >= choice.least_log_ratio
         and not _is_explained_by_word(gram, one.tally, model, human)
     }
@@ -293,7 +293,7 @@ def _tested(
 def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
     """Grams that occur in enough texts of both sides together. Each size is built from the next
     shorter one."""
-    found: dict[Gram, _Uses] = {}
+    frequent: dict[Gram, _Uses] = {}
     shorter: set[Gram] = set()
     for size in SIZES:
         uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
@@ -309,8 +309,8 @@ def _frequent(model: Side, human: Side, least_texts: int) -> dict[Gram, _Uses]:
             if len(use.model) + len(use.human) >= least_texts
         }
         shorter = set(often)
-        found |= often
-    return found
+        frequent |= often
+    return frequent
 
 
 def _is_eligible(gram: Gram, known_names: frozenset[str], common: frozenset[str]) -> bool:
@@ -373,13 +373,13 @@ def _common(human: Side) -> frozenset[str]:
 
 
 def _places(model: Side, grams: Container[Gram]) -> dict[Gram, list[Place]]:
-    found: defaultdict[Gram, list[Place]] = defaultdict(list)
+    places: defaultdict[Gram, list[Place]] = defaultdict(list)
     for text in range(len(model.samples)):
         for size in SIZES:
             for gram, start, end in model.grams(text, size):
                 if gram in grams:
-                    found[gram].append((text, start, end))
-    return found
+                    places[gram].append((text, start, end))
+    return places
 
 
 def _surface(gram: Gram, places: Sequence[Place], model: Side) -> str:
@@ -404,7 +404,7 @@ def _found(
     g: Any,
     *,
     known: bool,
-) -> _Found:
+) -> _Candidate:
     counts = uses.model.total(), uses.human.total()
     tally = Tally(
         text=_surface(gram, places, model),
@@ -418,7 +418,7 @@ def _found(
         g=float(g),
         known=known,
     )
-    return _Found(tally, places)
+    return _Candidate(tally, places)
 
 
 # ── Known phrases ────────────────────────────────────────────────────────────────────────────────
@@ -432,7 +432,7 @@ ones, as it is known to be a phrase."""
 
 def _known(
     model: Side, human: Side, choice: Choice, phrases: Iterable[str], taken: set[Gram]
-) -> dict[Gram, _Found]:
+) -> dict[Gram, _Candidate]:
     wanted = {tuple(word for word, _, _ in spans(phrase)) for phrase in phrases} - taken - {()}
     uses: defaultdict[Gram, _Uses] = defaultdict(_Uses)
     places: defaultdict[Gram, list[Place]] = defaultdict(list)
@@ -447,14 +447,14 @@ def _known(
     if not grams:
         return {}
     p_K, g_K = _tested([uses[gram] for gram in grams], model, human)
-    found = {}
+    candidates = {}
     for n in np.flatnonzero(discoveries(p_K, choice.false_discoveries)).tolist():
         gram = grams[n]
         one = _found(gram, places[gram], uses[gram], model, human, p_K[n], g_K[n], known=True)
         enough = min(one.tally.model_texts, one.tally.prompts) >= LEAST_KNOWN
         if enough and one.tally.log_ratio >= choice.least_log_ratio:
-            found[gram] = one
-    return found
+            candidates[gram] = one
+    return candidates
 
 
 def _occurrences(
@@ -471,11 +471,11 @@ def _occurrences(
 # ── Redundant phrases ────────────────────────────────────────────────────────────────────────────
 
 
-def _without_parts(found: Mapping[Gram, _Found], explained: float) -> list[_Found]:
+def _without_parts(candidates: Mapping[Gram, _Candidate], explained: float) -> list[_Candidate]:
     """Keep one of any two phrases of which one contains the other."""
-    left = dict(found)
+    left = dict(candidates)
     # From the longest down, so that a part can only be dropped for a phrase that is kept.
-    for gram in sorted(found, key=lambda gram: (-len(gram), gram)):
+    for gram in sorted(candidates, key=lambda gram: (-len(gram), gram)):
         if gram not in left:
             continue
         parts = [part for part in _parts(gram) if part in left]
@@ -494,12 +494,12 @@ def _parts(gram: Gram) -> set[Gram]:
     }
 
 
-def _without_overlaps(found: Sequence[_Found], explained: float) -> Iterator[Tally]:
+def _without_overlaps(candidates: Sequence[_Candidate], explained: float) -> Iterator[Tally]:
     """Drop phrases most of whose occurrences overlap those of a phrase with a larger G."""
-    taken: set[tuple[int, int]] = set()
-    for one in sorted(found, key=lambda f: (-f.tally.g, f.tally.text)):
+    occupied: set[tuple[int, int]] = set()
+    for one in sorted(candidates, key=lambda f: (-f.tally.g, f.tally.text)):
         characters = [{(text, at) for at in range(a, b)} for text, a, b in one.places]
-        shared = sum(bool(each & taken) for each in characters)
+        shared = sum(bool(each & occupied) for each in characters)
         if shared < explained * len(characters):
-            taken.update(*characters)
+            occupied.update(*characters)
             yield one.tally

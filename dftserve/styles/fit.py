@@ -165,15 +165,17 @@ def fit(job: Job, say: Say = print, tick: Tick = lambda done, total: None) -> Fi
         say(f"Round {number}: sampling answers with {name}…")
         return _answers(job, asked, name, number, say, tick)
 
-    found = rounds(stored, ask, job.out, job.rounds, anchors, say)
+    result = rounds(stored, ask, job.out, job.rounds, anchors, say)
     atomic.write_text(
         job.out / RESULT,
-        json.dumps({"ended": found.ended, "rounds": [asdict(r) for r in found.rounds]}, indent=1)
+        json.dumps({"ended": result.ended, "rounds": [asdict(r) for r in result.rounds]}, indent=1)
         + "\n",
     )
-    profiles.write(job.out / found.stored.profile.name, found.stored)
-    atomic.write_text(job.out / REPORT, fit_html(found.stored.profile, found.fitted, found.rates))
-    return found
+    profiles.write(job.out / result.stored.profile.name, result.stored)
+    atomic.write_text(
+        job.out / REPORT, fit_html(result.stored.profile, result.fitted, result.rates)
+    )
+    return result
 
 
 def rounds(
@@ -254,9 +256,9 @@ def _write_round_profile(stored: Stored, log_ratio_P: NDArray, number: int, out:
     if not folder.exists():
         profiles.write(folder, replace(stored, profile=profile))
         return name
-    found = profiles.read(folder)
-    same = [phrase.text for phrase in found.phrases] == [p.text for p in profile.phrases]
-    found_P = np.array([phrase.log_ratio for phrase in found.phrases])
+    stored_profile = profiles.read(folder)
+    same = [phrase.text for phrase in stored_profile.phrases] == [p.text for p in profile.phrases]
+    found_P = np.array([phrase.log_ratio for phrase in stored_profile.phrases])
     if not same or not np.allclose(found_P, log_ratio_P, atol=1e-6):
         raise ValueError(
             f"{folder} is a profile of another fit; repeat that fit's command, or choose another "
@@ -400,7 +402,7 @@ def _model(job: Job, folder: Path, is_whole: bool, say: Say) -> str:
 def _styled_answer(answer: Answer, prompt: Prompt, prompts: int) -> StyledAnswer:
     """Empty answers are kept, as a prompt with fewer of them could not be scored (`unfitted`)."""
     return StyledAnswer(
-        text=answer.said,
+        text=answer.final_text,
         prompt=prompt.text,
         held_out=prompts >= HELD_OUT and answer.place % HELD_OUT == HELD_OUT - 1,
         kl=(answer.figures or {}).get("mean_kl"),

@@ -70,7 +70,7 @@ def load(
     Raises:
         OSError: the folder cannot be listed.
     """
-    made: dict[str, Profile] = {}
+    profiles: dict[str, Profile] = {}
     refused: list[Refused] = []
     # os.path.exists is False for folders without access, such as a volume's lost+found.
     for place in (each for each in sorted(folder.iterdir()) if os.path.exists(each / MANIFEST)):
@@ -78,10 +78,10 @@ def load(
         try:
             profile = read(place)
             name = profile.name
-            if name in made:
+            if name in profiles:
                 raise ProfileError(f"another profile of the folder has the name {name!r}.")
             check(profile)
-            made[name] = profile
+            profiles[name] = profile
         except Exception as error:  # noqa: BLE001 - the other profiles are loaded
             refused.append(Refused(name, place, str(error)))
-    return tuple(made.values()), tuple(refused)
+    return tuple(profiles.values()), tuple(refused)

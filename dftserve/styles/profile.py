@@ -573,12 +573,12 @@ def _tensors(folder: Path, manifest: _Manifest) -> dict[str, Any]:
         raise ProfileError(with_advice(error, REBUILD)) from None
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ProfileError(f"{path} cannot be read ({error}); {REBUILD}.") from None
-    found = {name: (each.dtype.type, each.shape) for name, each in arrays.items()}
+    shapes = {name: (each.dtype.type, each.shape) for name, each in arrays.items()}
     wanted = {
         name: (dtype, (manifest.sizes.length(name),)) for name, (dtype, _) in _TENSORS.items()
     }
-    if found != wanted:
-        differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+    if shapes != wanted:
+        differing = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
         _refuse(f"{path}", f"the tensors {', '.join(differing)}"[:80], f"those of {MANIFEST}")
     return arrays
 

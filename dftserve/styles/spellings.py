@@ -80,9 +80,9 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
         ValueError: as `require_offsets`.
     """
     require_offsets(tokenizer)
-    found: list[Encoded] = []
+    encoded: list[Encoded] = []
     for start in range(0, len(texts), AT_ONCE):
-        made = tokenizer(
+        encoding = tokenizer(
             list(texts[start : start + AT_ONCE]),
             add_special_tokens=False,
             truncation=False,
@@ -90,9 +90,9 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
             # The name of a special token in an answer's text was written as ordinary text.
             split_special_tokens=True,
         )
-        pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
-        found += [Encoded(tuple(ids), tuple(map(tuple, offsets))) for ids, offsets in pairs]
-    return found
+        pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        encoded += [Encoded(tuple(ids), tuple(map(tuple, offsets))) for ids, offsets in pairs]
+    return encoded
 
 
 def spell(
@@ -111,12 +111,12 @@ def spell(
     Raises:
         ValueError: as `encode`.
     """
-    made: dict[tuple[int, tuple[int, ...]], Pattern] = {}
+    patterns: dict[tuple[int, tuple[int, ...]], Pattern] = {}
 
     def add(phrase: int, text: str, encoded: Encoded, start: int, end: int) -> None:
         pattern = _pattern(phrase, text, encoded, start, end)
         if pattern is not None:
-            made.setdefault((phrase, pattern.tokens), pattern)
+            patterns.setdefault((phrase, pattern.tokens), pattern)
 
     written = [
         (number, f"{before}{form}{after}", len(before), len(before) + len(form))
@@ -132,7 +132,7 @@ def spell(
     for text, encoded in zip(seen, encodings, strict=True):
         for number, start, end in finder.found(text) if finder else ():
             add(number, text, encoded, start, end)
-    return sorted(made.values(), key=lambda pattern: (pattern.phrase, pattern.tokens))
+    return sorted(patterns.values(), key=lambda pattern: (pattern.phrase, pattern.tokens))
 
 
 def _forms(phrase: str) -> Iterable[str]:

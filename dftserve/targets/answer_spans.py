@@ -115,7 +115,7 @@ class _Marked:
         """
         each = [_TurnMarks(next(marks), next(marks), next(marks)) for _ in turns]
         tried: list[Sequence[Turn]] = []
-        for mark in _WAYS:
+        for mark in _MARKINGS:
             marked_turns = [*map(mark, turns, each)]
             if marked_turns in tried:
                 continue
@@ -124,8 +124,8 @@ class _Marked:
             if written == text:
                 return cls(template, turns, tools, text, marked_turns, each, at)
         raise UnfitError(
-            f"{template.title} writes an answer otherwise than it is, so its tokens cannot be told;"
-            " mark them there with {% generation %}"
+            f"{template.title} changes the text of an answer, so that the answer's tokens cannot "
+            "be located; mark them in the template with {% generation %}"
         )
 
     def end(self, number: int, at: Mapping[str, Sequence[int]] | None = None) -> int | None:
@@ -164,11 +164,11 @@ def _core(turn: Turn) -> str:
     return content.strip() if isinstance(content, str) else ""
 
 
-_Way = Callable[[Turn, _TurnMarks], Turn]
+_Marking = Callable[[Turn, _TurnMarks], Turn]
 
 
-def _way(*, others: bool, texts: bool, opens: bool, whole: bool, calls: bool) -> _Way:
-    """A choice of marks.
+def _marking(*, others: bool, texts: bool, opens: bool, whole: bool, calls: bool) -> _Marking:
+    """Puts marks into a turn.
 
     Args:
         others: mark the turns of other roles.
@@ -182,14 +182,18 @@ def _way(*, others: bool, texts: bool, opens: bool, whole: bool, calls: bool) ->
         core = _core(turn)
         if not is_answer(turn):
             around = f"{marks.opens}{core}{marks.opens}"
-            return {**turn, "content": _put(turn["content"], around)} if core and others else turn
+            return (
+                {**turn, "content": _replace_core(turn["content"], around)}
+                if core and others
+                else turn
+            )
         new = dict(turn)
         for name in turn.keys() - {*NAMES} if texts else ():
             if isinstance(turn[name], str) and turn[name].strip():
-                new[name] = _put(turn[name], f"{marks.opens}{turn[name].strip()}")
+                new[name] = _replace_core(turn[name], f"{marks.opens}{turn[name].strip()}")
         if core:
             start = marks.opens if opens else ""
-            closed = _put(turn["content"], f"{'' if whole else start}{core}{marks.closes}")
+            closed = _replace_core(turn["content"], f"{'' if whole else start}{core}{marks.closes}")
             new["content"] = f"{start if whole else ''}{closed}"
         if turn.get("tool_calls") and (calls or not core):
             new["tool_calls"] = copy.deepcopy(turn["tool_calls"])
@@ -200,15 +204,15 @@ def _way(*, others: bool, texts: bool, opens: bool, whole: bool, calls: bool) ->
     return marked
 
 
-def _put(text: str, core: str) -> str:
+def _replace_core(text: str, core: str) -> str:
     """The text with `core` in place of what is between the blanks at its ends."""
     inner = text.strip()
     at = text.index(inner)
     return f"{text[:at]}{core}{text[at + len(inner) :]}"
 
 
-_WAYS = [
-    _way(others=others, texts=opens and texts, opens=opens, whole=whole, calls=calls)
+_MARKINGS = [
+    _marking(others=others, texts=opens and texts, opens=opens, whole=whole, calls=calls)
     for opens, others, texts, calls, whole in itertools.product([True, False], repeat=5)
     if opens or not (whole or texts)
 ]
@@ -248,16 +252,16 @@ def _stop(marked: _Marked, number: int, end: int) -> int:
     text, token, tokens = marked.text, marked.template.end, marked.template.tokens
     limit = next(iter(marked.others(number, end, len(text) + 1)), len(text))
     calls = bool(marked.turns[number].get("tool_calls"))
-    found = text.find(token, end, limit) if token else -1
-    stop = found + len(token or "") if found >= 0 else end
-    if found >= 0 and not calls:
+    end_token = text.find(token, end, limit) if token else -1
+    stop = end_token + len(token or "") if end_token >= 0 else end
+    if end_token >= 0 and not calls:
         return stop
     rest, is_last = text[end:limit], number + 1 == len(marked.turns)
     other = _other_rest(marked, number)
     written = rest if other is None and is_last else common_start(rest, other or "", tokens)
     if token and token in written:
         return max(stop, end + written.rindex(token) + len(token))
-    if found >= 0:
+    if end_token >= 0:
         return stop
     trimmed = written.rstrip()
     if trimmed.endswith(tokens):

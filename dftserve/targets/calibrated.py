@@ -1,8 +1,8 @@
 """A mixture fitted on held-out text, which replaces the text's own token only where it is better.
 
     parts = {"teacher": teacher, "ngram 3": ngram, "cache 0.99": cache}
-    found = calibrate(parts, ngram, heldout, bins=Bins(), fit=Fit())
-    source = Calibrated(parts, ngram, found, bins=Bins(), heldout=heldout)
+    calibration = calibrate(parts, ngram, heldout, bins=Bins(), fit=Fit())
+    source = Calibrated(parts, ngram, calibration, bins=Bins(), heldout=heldout)
 
     q'(v) = (1 − g_b)·[v = y] + g_b · Σ_c w_bc p_c(v)        b: the bin of the position
 
@@ -151,24 +151,28 @@ def calibrate(
     for before in calibrations(known):
         if before.inputs == inputs:
             return before
-    seen = _read_heldout(parts, ngram, chosen, bins, say)
+    observed = _read_heldout(parts, ngram, chosen, bins, say)
     number = bins.number
-    found = mixture_weights.fit(seen.logprobs_TC, seen.bins_T, bins=number, shrinkage=fit.shrinkage)
-    nll_T = _cross_fitted_nll(seen, number, fit)
-    baselines = _baselines(list(parts), seen.logprobs_TC)
-    passed = gate(nll_T, baselines, seen.groups_T, seen.bins_T, bins=number)
+    mixture = mixture_weights.fit(
+        observed.logprobs_TC, observed.bins_T, bins=number, shrinkage=fit.shrinkage
+    )
+    nll_T = _cross_fitted_nll(observed, number, fit)
+    baselines = _baselines(list(parts), observed.logprobs_TC)
+    gates = gate(nll_T, baselines, observed.groups_T, observed.bins_T, bins=number)
     return Calibration(
         inputs=inputs,
         documents=len(chosen),
         tokens=len(nll_T),
-        mixture=interval(nll_T, seen.groups_T),
+        mixture=interval(nll_T, observed.groups_T),
         components=tuple(
-            _component(name, float(found.pooled_C[c]), seen.logprobs_TC[:, c], seen.groups_T)
+            _component(
+                name, float(mixture.pooled_C[c]), observed.logprobs_TC[:, c], observed.groups_T
+            )
             for c, name in enumerate(parts)
         ),
-        gains=tuple(Gain(over=name, nats=nats) for name, nats in passed.gains.items()),
-        share=float(passed.share_B[seen.bins_T].mean()),
-        bins=tuple(_bins(bins, seen.bins_T, found.bins_BC, passed)),
+        gains=tuple(Gain(over=name, nats=nats) for name, nats in gates.gains.items()),
+        share=float(gates.share_B[observed.bins_T].mean()),
+        bins=tuple(_bins(bins, observed.bins_T, mixture.bins_BC, gates)),
     )
 
 
@@ -179,7 +183,7 @@ class Calibrated(DenseSource):
         self,
         parts: Mapping[str, DenseSource],
         ngram: Ngram,
-        found: Calibration,
+        calibration: Calibration,
         *,
         bins: Bins,
         heldout: Sequence[Document],
@@ -190,10 +194,10 @@ class Calibrated(DenseSource):
             heldout: documents whose rows are the mixture alone.
         """
         self._parts = {name: dense(part, KIND) for name, part in parts.items()}
-        self._ngram, self._bins, self.found = ngram, bins, found
+        self._ngram, self._bins, self.calibration = ngram, bins, calibration
         self.vocabulary = ngram.vocabulary
-        self._weights_BC = np.array([each.weights for each in found.bins])
-        self._share_B = np.array([each.share for each in found.bins])
+        self._weights_BC = np.array([each.weights for each in calibration.bins])
+        self._share_B = np.array([each.share for each in calibration.bins])
         self._heldout = {document.digest for document in heldout}
 
     def describe(self) -> Mapping[str, Any]:
@@ -201,7 +205,7 @@ class Calibrated(DenseSource):
             "kind": KIND,
             "parts": {name: part.describe() for name, part in self._parts.items()},
             "edges": asdict(self._bins),
-            "calibration": asdict(self.found),
+            "calibration": asdict(self.calibration),
         }
 
     def read(self, documents: Sequence[Document]) -> list[Rows]:
@@ -213,13 +217,13 @@ class Calibrated(DenseSource):
         ]
 
     def _rows(self, document: Document, first: Rows, others: Sequence[Rows | Adds]) -> Rows:
-        known = _Features.of(document, self._ngram)
+        features = _Features.of(document, self._ngram)
         labels_T = torch.from_numpy(document.labels_T.astype(np.int64))
         is_trained = document.digest not in self._heldout
 
         def rows(start: int, stop: int) -> Tensor:
             first_RV = first(start, stop)
-            bins_R = known.bins(self._bins, start, stop, _entropy(first_RV))
+            bins_R = features.bins(self._bins, start, stop, _entropy(first_RV))
             weights_RC = torch.from_numpy(self._weights_BC[bins_R]).float().to(first_RV.device)
             mass_RV = torch.zeros_like(first_RV)
             mixed_RV = first_RV + weights_RC[:, :1].log()
@@ -312,12 +316,12 @@ def _select_documents(heldout: Sequence[Document], tokens: int) -> list[Document
             f"{LEAST_DOCUMENTS} texts, since weights are fitted and tested on them. Hold out more "
             "(a larger --heldout, or --heldout-from), or give more text."
         )
-    chosen, taken = [], 0
+    chosen, trained_tokens = [], 0
     for document in _interleaved(trained):
-        if taken >= tokens and len(chosen) >= LEAST_DOCUMENTS:
+        if trained_tokens >= tokens and len(chosen) >= LEAST_DOCUMENTS:
             break
         chosen.append(document)
-        taken += document.trained
+        trained_tokens += document.trained
     return chosen
 
 
@@ -378,20 +382,20 @@ def _read_first_component(
 # ── Results ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cross_fitted_nll(seen: _Observed, bins: int, fit: Fit) -> np.ndarray:
+def _cross_fitted_nll(observed: _Observed, bins: int, fit: Fit) -> np.ndarray:
     """float64 [T]: −ln q of each position, with weights fitted without the fold of its text."""
-    fold_T = seen.groups_T % fit.folds
+    fold_T = observed.groups_T % fit.folds
     nll_T = np.zeros(len(fold_T))
     for fold in np.unique(fold_T):
         in_fold_T = fold_T == fold
         weights = mixture_weights.fit(
-            seen.logprobs_TC[~in_fold_T],
-            seen.bins_T[~in_fold_T],
+            observed.logprobs_TC[~in_fold_T],
+            observed.bins_T[~in_fold_T],
             bins=bins,
             shrinkage=fit.shrinkage,
         )
         nll_T[in_fold_T] = mixture_weights.nll(
-            seen.logprobs_TC[in_fold_T], weights.bins_BC[seen.bins_T[in_fold_T]]
+            observed.logprobs_TC[in_fold_T], weights.bins_BC[observed.bins_T[in_fold_T]]
         )
     return nll_T
 
@@ -401,8 +405,8 @@ def _baselines(names: Sequence[str], logprobs_TC: np.ndarray) -> dict[str, np.nd
     n-gram models, and the students if there are any."""
     ngrams = [c for c, name in enumerate(names) if name.startswith(NGRAM)]
     best = min(ngrams, key=lambda c: -logprobs_TC[:, c].mean())
-    taken = [c for c, name in enumerate(names) if name in (TEACHER, STUDENTS)]
-    return {names[c]: _bounded(-logprobs_TC[:, c]) for c in (*taken, best)}
+    models = [c for c, name in enumerate(names) if name in (TEACHER, STUDENTS)]
+    return {names[c]: _bounded(-logprobs_TC[:, c]) for c in (*models, best)}
 
 
 def _component(name: str, weight: float, logprobs_T: np.ndarray, groups_T: np.ndarray) -> Component:
@@ -453,38 +457,38 @@ def calibrations(description: object) -> Iterator[Calibration]:
 
 def is_refused(description: object) -> bool:
     """Whether a source's description contains a mixture that is refused."""
-    return any(found.is_refused for found in calibrations(description))
+    return any(calibration.is_refused for calibration in calibrations(description))
 
 
-def as_text(found: Calibration) -> str:
+def as_text(calibration: Calibration) -> str:
     """For a terminal: likelihoods, gains, and the bins in which the mixture is used."""
     lines = [
-        f"{found.documents:,} held-out documents, {found.tokens:,} trained tokens",
+        f"{calibration.documents:,} held-out documents, {calibration.tokens:,} trained tokens",
         f"  {'nats a token':16}{'mean':>8}{'95 % interval':>18}{'weight':>9}{'ruled out':>11}",
-        f"  {'mixture':16}{found.mixture.mean:8.3f}{_interval_text(found.mixture):>18}",
+        f"  {'mixture':16}{calibration.mixture.mean:8.3f}{_interval_text(calibration.mixture):>18}",
     ]
-    for each in found.components:
+    for each in calibration.components:
         mean, ends = (
             ("", "") if each.nll is None else (f"{each.nll.mean:.3f}", _interval_text(each.nll))
         )
         cells = f"{mean:>8}{ends:>18}{each.weight:9.3f}{each.ruled_out:11.1%}"
         lines.append(f"  {each.name:16}{cells}")
-    for gain in found.gains:
+    for gain in calibration.gains:
         lines.append(
             f"  gain over {gain.over}: {gain.nats.mean:.4f} ({_interval_text(gain.nats, 4)})"
         )
-    used = sorted((b for b in found.bins if b.share), key=lambda b: -b.share * b.positions)
+    used = sorted((b for b in calibration.bins if b.share), key=lambda b: -b.share * b.positions)
     for each in used[:MOST_SHOWN]:
         lines.append(f"  share {each.share:.3f}, {each.positions:,} positions: {each.title}")
     if len(used) > MOST_SHOWN:
         lines.append(f"  and {len(used) - MOST_SHOWN} bins more with a share above 0")
-    closed = [each.positions for each in found.bins if each.positions and each.gain is None]
+    closed = [each.positions for each in calibration.bins if each.positions and each.gain is None]
     if closed:
         lines.append(
             f"  share 0 in {len(closed)} bins, {sum(closed):,} positions, that are in fewer than "
             f"{LEAST_DOCUMENTS} texts"
         )
-    lines.append(verdict(found))
+    lines.append(verdict(calibration))
     return "\n".join(lines)
 
 
@@ -492,17 +496,17 @@ MOST_SHOWN = 12
 """Number of bins that the summary lists."""
 
 
-def verdict(found: Calibration) -> str:
+def verdict(calibration: Calibration) -> str:
     """One sentence that says whether the mixture is used or refused, and why."""
-    if not found.is_refused:
+    if not calibration.is_refused:
         return (
-            f"The mixture takes {found.share:.1%} of the targets' mass, the text's own tokens the "
-            "rest: train with divergence.target_weight 1."
+            f"The mixture takes {calibration.share:.1%} of the targets' mass, the text's own "
+            "tokens the rest: train with divergence.target_weight 1."
         )
-    least = min(found.gains, key=lambda gain: gain.nats.low)
+    least = min(calibration.gains, key=lambda gain: gain.nats.low)
     why = (
         f"it does not predict unseen text better than {least.over} "
-        f"({found.mixture.mean:.3f} nats a token; gain {least.nats.mean:.4f}, "
+        f"({calibration.mixture.mean:.3f} nats a token; gain {least.nats.mean:.4f}, "
         f"{_interval_text(least.nats, 4)})"
         if least.nats.low <= 0
         else f"its gain over {least.over} ({least.nats.mean:.4f} nats a token) is sure in no bin"
@@ -510,8 +514,8 @@ def verdict(found: Calibration) -> str:
     return f"The mixture is refused: {why}, so every target is the text's own token."
 
 
-def _interval_text(given: Interval, digits: int = 3) -> str:
-    return f"{given.low:.{digits}f} to {given.high:.{digits}f}"
+def _interval_text(interval: Interval, digits: int = 3) -> str:
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
 # ── Identities ───────────────────────────────────────────────────────────────────────────────────

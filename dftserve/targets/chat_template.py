@@ -117,9 +117,10 @@ _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 
 def tells_time(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a template of the tokenizer writes the date or the time."""
-    given: Any = tokenizer.chat_template or ""
+    templates: Any = tokenizer.chat_template or ""
     return any(
-        CLOCK in source for source in (given.values() if isinstance(given, dict) else [given])
+        CLOCK in source
+        for source in (templates.values() if isinstance(templates, dict) else [templates])
     )
 
 
@@ -146,21 +147,21 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _selected_template(tokenizer: PreTrainedTokenizerBase, tools: bool) -> tuple[str, str]:
-    given: Any = tokenizer.chat_template
-    if not given:
+    templates: Any = tokenizer.chat_template
+    if not templates:
         raise TemplateError(
             f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; accepted: one that "
             "has one, or plain texts instead of conversations."
         )
-    if isinstance(given, str):
-        return "", given
-    name = "tool_use" if tools and "tool_use" in given else "default"
-    if name not in given:
+    if isinstance(templates, str):
+        return "", templates
+    name = "tool_use" if tools and "tool_use" in templates else "default"
+    if name not in templates:
         raise TemplateError(
-            f"the tokenizer has the chat templates {', '.join(sorted(given))}; accepted: one "
+            f"the tokenizer has the chat templates {', '.join(sorted(templates))}; accepted: one "
             "named 'default'. Rename the one to be used."
         )
-    return name, given[name]
+    return name, templates[name]
 
 
 @lru_cache(maxsize=16)

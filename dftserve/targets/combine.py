@@ -145,14 +145,14 @@ def on_one_device(parts_RV: Sequence[Tensor]) -> list[Tensor]:
 def _accepted(sources: Sequence[Source], kind: str) -> list[DenseSource]:
     if len(sources) < 2:
         raise ValueError(f"{kind}: got {len(sources)} sources; accepted: two or more.")
-    found = [dense(source, kind) for source in sources]
-    sizes = [source.vocabulary for source in found]
+    dense_sources = [dense(source, kind) for source in sources]
+    sizes = [source.vocabulary for source in dense_sources]
     if len(set(sizes)) > 1:
         raise ValueError(
             f"{kind}: got sources of {', '.join(map(str, sizes))} tokens; accepted: one vocabulary "
             "for all. Build every source with the same tokenizer."
         )
-    return found
+    return dense_sources
 
 
 def _positive(weights: Sequence[float], count: int, kind: str) -> list[float]:

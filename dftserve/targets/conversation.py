@@ -148,16 +148,16 @@ def _with_object(call: Any) -> Any:
 
 
 def _arguments(called: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = called.get("arguments") or {}
-    if isinstance(given, str):
+    arguments = called.get("arguments") or {}
+    if isinstance(arguments, str):
         try:
-            given = parse_json(given, "arguments", finite=False)
-            json.dumps(given, ensure_ascii=False).encode()
+            arguments = parse_json(arguments, "arguments", finite=False)
+            json.dumps(arguments, ensure_ascii=False).encode()
         except ValueError:  # Also raised for a lone surrogate, which JSON can contain.
             raise UnfitError("a tool call with arguments that are not JSON") from None
-    if not isinstance(given, Mapping):
+    if not isinstance(arguments, Mapping):
         raise UnfitError("a tool call with arguments that are no JSON object")
-    return given
+    return arguments
 
 
 def _replace_spellings(turn: Turn, spellings: "_Spellings") -> dict[str, Any]:

@@ -59,18 +59,18 @@ def encode_corpus(
             kept.add(_whole(text))
     for origin in lost - kept:
         corpus.report.lose(origin)
-    found = corpus.report.as_dict() | templates
-    found["documents"] = {split: len(documents[split]) for split in SPLITS}
-    found["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
-    found["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
+    counts = corpus.report.as_dict() | templates
+    counts["documents"] = {split: len(documents[split]) for split in SPLITS}
+    counts["tokens"] = {split: sum(len(d.tokens_N) for d in documents[split]) for split in SPLITS}
+    counts["trained"] = {split: sum(d.trained for d in documents[split]) for split in SPLITS}
     if not documents["train"]:
-        raise ValueError(f"nothing is left to train on:\n{corpus_text(found)}")
+        raise ValueError(f"nothing is left to train on:\n{corpus_text(counts)}")
     if corpus.heldout and not documents["heldout"]:
         raise ValueError(
             "nothing is left of what is held out; hold out other texts (--heldout-from), more of "
-            f"them or by another --seed, or none (--heldout 0):\n{corpus_text(found)}"
+            f"them or by another --seed, or none (--heldout 0):\n{corpus_text(counts)}"
         )
-    return documents, found
+    return documents, counts
 
 
 def _encoded(
@@ -127,48 +127,48 @@ def _templates(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     Raises:
         ValueError: no template, or one that is not valid jinja; names the first conversation.
     """
-    found: dict[str, str] = {}
+    titles: dict[str, str] = {}
     for text in (*corpus.train, *corpus.heldout):
-        if text.messages is None or (len(found) and not text.tools):
+        if text.messages is None or (len(titles) and not text.tools):
             continue
         try:
             template = ChatTemplate.of(tokenizer, tools=bool(text.tools))
         except TemplateError as error:
             raise ValueError(f"{text.origin}: {error}") from None
-        found[template.title] = (
+        titles[template.title] = (
             "learns what it marks" if template.marks else "learns the answers, has no marks"
         )
-        if len(found) > 1 or not isinstance(tokenizer.chat_template, dict):
+        if len(titles) > 1 or not isinstance(tokenizer.chat_template, dict):
             break
-    return {"templates": found} if found else {}
+    return {"templates": titles} if titles else {}
 
 
-def corpus_text(found: Mapping[str, Any]) -> str:
+def corpus_text(report: Mapping[str, Any]) -> str:
     """The report of a corpus, for a terminal."""
-    counts = ", ".join(f"{found[what]:,} {what}" for what in ("kept", "stripped", "joined"))
-    lines = [f"{found['read']:,} texts read, {counts}."]
+    counts = ", ".join(f"{report[what]:,} {what}" for what in ("kept", "stripped", "joined"))
+    lines = [f"{report['read']:,} texts read, {counts}."]
     for kind in ("dropped", "noted"):
-        for reason, counted in found[kind].items():
+        for reason, counted in report[kind].items():
             some = ", ".join(counted["examples"])
             more = ", …" if counted["count"] > len(counted["examples"]) else ""
             lines.append(f"  {kind}, {reason}: {counted['count']:,} ({some}{more})")
-    lines += (f"  {title}: {what}" for title, what in found.get("templates", {}).items())
-    if found["kept"] != (count := sum(found["documents"].values())):
-        lines.append(f"  {found['kept']:,} texts in {count:,} documents: longer ones are cut")
+    lines += (f"  {title}: {what}" for title, what in report.get("templates", {}).items())
+    if report["kept"] != (count := sum(report["documents"].values())):
+        lines.append(f"  {report['kept']:,} texts in {count:,} documents: longer ones are cut")
     for split in SPLITS:
         documents, tokens, trained = (
-            found[what][split] for what in ("documents", "tokens", "trained")
+            report[what][split] for what in ("documents", "tokens", "trained")
         )
         lines.append(f"  {split}: {documents:,} documents, {tokens:,} tokens, {trained:,} trained")
-    if languages := found["languages"]:
+    if languages := report["languages"]:
         counted = ", ".join(f"{name} {count:,}" for name, count in languages.items())
         lines.append(f"  languages of the first texts: {counted} (corpus.languages chooses)")
-    if found["compared"] < 1:
+    if report["compared"] < 1:
         lines.append(
             "  copies in part: long texts were compared by "
-            f"{found['compared']:.2%} of their 5-grams"
+            f"{report['compared']:.2%} of their 5-grams"
         )
-    asked, share = found["heldout_asked"], found["heldout_share"]
+    asked, share = report["heldout_asked"], report["heldout_share"]
     lines.append(f"  held out: {share:.1%} of the words; asked for: {asked:.1%} of the texts")
     if asked and not asked / FAR_FACTOR <= share <= asked * FAR_FACTOR:
         lines.append(

@@ -32,15 +32,15 @@ def encode(
         return conversation.encode(
             tokenizer, text.messages, text.tools, spelled=spelled, answers=answers
         )
-    found = [token for token in special_tokens(tokenizer) if token in text.content]
-    if found and spelled == "drop":
-        raise UnfitError(f"spells the special token {found[0]}")
+    spelled_tokens = [token for token in special_tokens(tokenizer) if token in text.content]
+    if spelled_tokens and spelled == "drop":
+        raise UnfitError(f"spells the special token {spelled_tokens[0]}")
     document = encode_text(tokenizer, text.content, spelled=spelled)
     ended = document.tokens_N[-1] == tokenizer.eos_token_id and len(document.tokens_N) > 2
     if not text.ends and ended:
         # Only the last piece of a text ends with the end token.
         document = Document(document.tokens_N[:-1], document.trained_N[:-1])
-    noted = found and spelled == "text"
+    noted = spelled_tokens and spelled == "text"
     return Encoded(document, (conversation.READ_AS_TEXT,) if noted else ())
 
 

@@ -50,13 +50,13 @@ class Entries:
 
     @staticmethod
     def of(
-        given: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        levels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
         left_R: np.ndarray,
         vocabulary: int,
     ) -> "Entries":
         """From (rows, tokens, masses); masses of the same row and token are added."""
-        keys_E = np.concatenate([_NONE, *(row * vocabulary + token for row, token, _ in given)])
-        masses_E = np.concatenate([_NONE.astype(float), *(mass for _, _, mass in given)])
+        keys_E = np.concatenate([_NONE, *(row * vocabulary + token for row, token, _ in levels)])
+        masses_E = np.concatenate([_NONE.astype(float), *(mass for _, _, mass in levels)])
         keys, index_E = np.unique(keys_E, return_inverse=True)
         summed = np.bincount(index_E, masses_E, minlength=len(keys))
         return Entries(keys // vocabulary, keys % vocabulary, summed, left_R)

@@ -189,8 +189,8 @@ class Ngram(AdditiveSource):
         parts = []
         for start in range(0, len(labels_T), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            given, left_R = self._distributed([at[part] for at in at_T], own, len(labels_T[part]))
-            entries = Entries.of(given, left_R, self.vocabulary)
+            levels, left_R = self._distributed([at[part] for at in at_T], own, len(labels_T[part]))
+            entries = Entries.of(levels, left_R, self.vocabulary)
             parts.append(sparsify(entries, shared, labels_T[part], k=k, draws=draws, random=random))
         return Targets.concatenate(parts)
 
@@ -205,9 +205,9 @@ class Ngram(AdditiveSource):
         for start in range(0, len(labels_T), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             labels_R = labels_T[part]
-            given, left_R = self._distributed([at[part] for at in at_T], own, len(labels_R))
+            levels, left_R = self._distributed([at[part] for at in at_T], own, len(labels_R))
             mass_R = left_R * single_V[labels_R]
-            for row_E, next_E, mass_E in given:
+            for row_E, next_E, mass_E in levels:
                 is_own_E = next_E == labels_R[row_E]
                 mass_R += np.bincount(row_E[is_own_E], mass_E[is_own_E], minlength=len(mass_R))
             parts.append(np.log(mass_R))
@@ -219,8 +219,8 @@ class Ngram(AdditiveSource):
 
         def add(mass_RV: Tensor, start: int, weight_R: Tensor) -> None:
             rows, device = len(mass_RV), mass_RV.device
-            given, left_R = self._distributed([at[start : start + rows] for at in at_T], own, rows)
-            for row_E, next_E, share_E in given:
+            levels, left_R = self._distributed([at[start : start + rows] for at in at_T], own, rows)
+            for row_E, next_E, share_E in levels:
                 # Each (row, token) pair occurs once per level, so the sum is deterministic.
                 at = torch.from_numpy(row_E).to(device), torch.from_numpy(next_E).to(device)
                 added_E = torch.from_numpy(share_E).float().to(device) * weight_R[at[0]]
@@ -295,7 +295,7 @@ class Ngram(AdditiveSource):
         Returns (rows, tokens, masses) for each level, and the mass left to the unigram row for each
         row.
         """
-        given, left_R = [], np.ones(rows)
+        levels, left_R = [], np.ones(rows)
         for level, found_R, (pairs, times) in zip(
             reversed(self._levels), reversed(contexts), reversed(own.pairs), strict=True
         ):
@@ -305,9 +305,9 @@ class Ngram(AdditiveSource):
             used_R = total_R >= self.min_count
             whole_R = np.where(used_R, total_R + different_R, 1)
             share_R = np.where(used_R, left_R / whole_R, 0.0)
-            given.append((row_E, next_E, share_R[row_E] * counts_E))
+            levels.append((row_E, next_E, share_R[row_E] * counts_E))
             left_R = np.where(used_R, left_R * different_R / whole_R, left_R)
-        return given, left_R
+        return levels, left_R
 
     def _elsewhere(
         self, level: Level, found_R: np.ndarray, pairs: np.ndarray, times: np.ndarray

@@ -212,7 +212,7 @@ class _Workers:
     number: int
     gpus: int
     """Per worker."""
-    given: tuple
+    arguments: tuple
     """Arguments of `_Worker.start`."""
 
     @classmethod
@@ -225,16 +225,16 @@ class _Workers:
         machines = [each for each in ray.nodes() if each["Alive"]]
         gpus = int(ray.cluster_resources().get("GPU", 0)) if cluster.loads_models else 0
         number = cluster.workers or gpus or max(len(machines), 1)
-        given = (documents, plan, make_source, Path.cwd())
-        return cls(min(number, shards), min(gpus, 1), given)
+        arguments = (documents, plan, make_source, Path.cwd())
+        return cls(min(number, shards), min(gpus, 1), arguments)
 
     def start(self) -> tuple[Any, Any]:
         """A worker, and the future of its `start`."""
         import ray
 
-        made: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.gpus)
-        worker = made.remote()
-        return worker, worker.start.remote(*self.given)
+        remote_class: Any = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.gpus)
+        worker = remote_class.remote()
+        return worker, worker.start.remote(*self.arguments)
 
     def __str__(self) -> str:
         return f"{self.number} of {'1 GPU and ' if self.gpus else ''}1 CPU each"

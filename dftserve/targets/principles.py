@@ -287,13 +287,13 @@ def _begins(document: Document, tokens: Sequence[int]) -> bool:
 # ── User input ───────────────────────────────────────────────────────────────────────────────────
 
 
-def check_principles(given: object, where: str) -> None:
-    """Raise ValueError unless `given` maps one or more names to texts."""
-    if not isinstance(given, Mapping) or not given:
+def check_principles(value: object, where: str) -> None:
+    """Raise ValueError unless `value` maps one or more names to texts."""
+    if not isinstance(value, Mapping) or not value:
         raise ValueError(
-            f"{where}: got {given!r:.80}; accepted: a text for each name, one at least."
+            f"{where}: got {value!r:.80}; accepted: a text for each name, one at least."
         )
-    for name, text in given.items():
+    for name, text in value.items():
         if not isinstance(name, str):
             raise ValueError(f"{where}: got the name {name!r}; accepted: a text. Quote it.")
         if not isinstance(text, str) or not text.strip():

@@ -103,19 +103,19 @@ def load(name: str, values: Mapping[str, str] | None = None) -> Recipe:
             placeholder without a value, or a value that no placeholder uses.
     """
     path = _path(name)
-    given = settings.read_yaml(path)
+    content = settings.read_yaml(path)
     where = path.name
-    settings.check_mapping(given, where)
+    settings.check_mapping(content, where)
     known = [each.name for each in dataclasses.fields(Recipe)]
-    settings.refuse_unknown(given, [*known, "defaults"], where)
-    given.setdefault("name", path.stem)
-    defaults = given.pop("defaults", None) or {}
+    settings.refuse_unknown(content, [*known, "defaults"], where)
+    content.setdefault("name", path.stem)
+    defaults = content.pop("defaults", None) or {}
     settings.check_mapping(defaults, f"{where}.defaults")
     values = dict(values or {})
-    given["corpus"] = _with_filters(given.get("corpus"), values, where)
-    settings.refuse_unknown(values, sorted(_names(given)), f"--set for the recipe {where}")
+    content["corpus"] = _with_filters(content.get("corpus"), values, where)
+    settings.refuse_unknown(values, sorted(_names(content)), f"--set for the recipe {where}")
     filled = {**defaults, **{key: _parsed_scalar(value) for key, value in values.items()}}
-    return settings.load(Recipe, _filled(given, filled, where), where)
+    return settings.load(Recipe, _filled(content, filled, where), where)
 
 
 def source_of(
@@ -138,7 +138,7 @@ def source_of(
     Raises:
         ValueError: a source that cannot be built.
     """
-    return _built(recipe.source, _Given(tokenizer, documents, vocabulary, known, say))
+    return _built(recipe.source, _BuildInputs(tokenizer, documents, vocabulary, known, say))
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
@@ -181,35 +181,35 @@ def _with_filters(corpus: Any, values: dict[str, str], where: str) -> Any:
 def _parsed_scalar(value: str) -> Any:
     """`0.5` becomes a number and `true` a boolean; everything else stays a string."""
     try:
-        found = settings.parse_yaml(value, "--set")
+        parsed = settings.parse_yaml(value, "--set")
     except ValueError:  # A string need not be valid YAML.
         return value
-    return found if isinstance(found, int | float) else value
+    return parsed if isinstance(parsed, int | float) else value
 
 
-def _names(given: Any) -> set[str]:
+def _names(value: Any) -> set[str]:
     """All names for which a value may be set."""
-    if isinstance(given, str):
-        return set(_PLACEHOLDER.findall(given))
-    if isinstance(given, dict):
-        named = {given["when"]} if isinstance(given.get("when"), str) else set()
-        return named.union(*map(_names, given.values()))
-    return set().union(*map(_names, given)) if isinstance(given, list) else set()
+    if isinstance(value, str):
+        return set(_PLACEHOLDER.findall(value))
+    if isinstance(value, dict):
+        named = {value["when"]} if isinstance(value.get("when"), str) else set()
+        return named.union(*map(_names, value.values()))
+    return set().union(*map(_names, value)) if isinstance(value, list) else set()
 
 
-def _filled(given: Any, known: Mapping[str, Any], where: str) -> Any:
-    if isinstance(given, str):
-        return _filled_text(given, known, where)
-    if isinstance(given, dict):
-        return {key: _filled(each, known, f"{where}.{key}") for key, each in given.items()}
-    if isinstance(given, list):
+def _filled(value: Any, known: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, str):
+        return _filled_text(value, known, where)
+    if isinstance(value, dict):
+        return {key: _filled(each, known, f"{where}.{key}") for key, each in value.items()}
+    if isinstance(value, list):
         parts = [
             (f"{where}[{i}]", _without_when(each))
-            for i, each in enumerate(given)
+            for i, each in enumerate(value)
             if _is_included(each, known, f"{where}[{i}]")
         ]
         return [_filled(each, known, place) for place, each in parts]
-    return given
+    return value
 
 
 def _is_included(part: Any, known: Mapping[str, Any], where: str) -> bool:
@@ -228,20 +228,20 @@ def _without_when(part: Any) -> Any:
     return {key: each for key, each in part.items() if key != "when"}
 
 
-def _filled_text(given: str, known: Mapping[str, Any], where: str) -> Any:
-    for name in _PLACEHOLDER.findall(given):
+def _filled_text(text: str, known: Mapping[str, Any], where: str) -> Any:
+    for name in _PLACEHOLDER.findall(text):
         if name not in known:
             raise ValueError(f"{where}: ${{{name}}} has no value; give one: --set {name}=VALUE.")
-    if whole := _PLACEHOLDER.fullmatch(given):
+    if whole := _PLACEHOLDER.fullmatch(text):
         return known[whole[1]]
-    return _PLACEHOLDER.sub(lambda match: str(known[match[1]]), given)
+    return _PLACEHOLDER.sub(lambda match: str(known[match[1]]), text)
 
 
 # ── Kinds of sources ─────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class _Given:
+class _BuildInputs:
     """What a source is built from, in addition to its settings."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -339,11 +339,11 @@ class _Within:
         )
 
 
-def _checked(given: Any, where: str, within: _Within = _Within()) -> None:
+def _checked(value: Any, where: str, within: _Within = _Within()) -> None:
     """Refuse a source that `_built` could not build, before anything is loaded."""
     if within.depth > DEEPEST:
         raise ValueError(f"{where}: more than {DEEPEST} sources within sources.")
-    kind, config = _kind_and_config(given, where)
+    kind, config = _kind_and_config(value, where)
     if within.fitted and kind in _KNOW_THE_TEXT:
         raise ValueError(f"{where}: got {kind}, {_KNOW_THE_TEXT[kind]}.")
     if kind == "served" and within.combined is not None:
@@ -376,20 +376,20 @@ def _is_used_alone(kind: str, parts: Iterable[tuple[Mapping[str, Any], float]]) 
     return len(others) == 1 and (kind == "mix" or others[0][1] == 1)
 
 
-def _kind_and_config(given: Any, where: str) -> tuple[str, Any]:
-    if not isinstance(given, Mapping) or len(given) != 1:
-        listed = list(given) if isinstance(given, Mapping) else given
+def _kind_and_config(value: Any, where: str) -> tuple[str, Any]:
+    if not isinstance(value, Mapping) or len(value) != 1:
+        listed = list(value) if isinstance(value, Mapping) else value
         raise ValueError(f"{where}: got {listed!r}; accepted: one of {', '.join(_ALL)}.")
-    kind, config = next(iter(given.items()))
-    settings.refuse_unknown(given, _ALL, where)
+    kind, config = next(iter(value.items()))
+    settings.refuse_unknown(value, _ALL, where)
     return kind, {} if config is None else config
 
 
-def _weighted_parts(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any], float]]:
+def _weighted_parts(value: Any, where: str) -> Iterator[tuple[Mapping[str, Any], float]]:
     """The sources of a mix and their weights."""
-    parts = [part for part in given if isinstance(part, Mapping)] if isinstance(given, list) else []
-    if not parts or len(parts) != len(given):
-        raise ValueError(f"{where}: got {given!r}; accepted: a list of weights and sources.")
+    parts = [part for part in value if isinstance(part, Mapping)] if isinstance(value, list) else []
+    if not parts or len(parts) != len(value):
+        raise ValueError(f"{where}: got {value!r}; accepted: a list of weights and sources.")
     for i, part in enumerate(parts):
         weight = part.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
@@ -397,22 +397,22 @@ def _weighted_parts(given: Any, where: str) -> Iterator[tuple[Mapping[str, Any],
         yield {key: part[key] for key in part if key != "weight"}, weight
 
 
-def _built(source: Mapping[str, Any], given: _Given) -> "Source":
+def _built(source: Mapping[str, Any], inputs: _BuildInputs) -> "Source":
     kind, config = _kind_and_config(source, "source")
     if kind in _MIXES:
-        return _mixed(kind, config, given)
-    return settings.load(_KINDS[kind], config, kind).build(given)
+        return _mixed(kind, config, inputs)
+    return settings.load(_KINDS[kind], config, kind).build(inputs)
 
 
-def _mixed(kind: str, config: Any, given: _Given) -> "Source":
+def _mixed(kind: str, config: Any, inputs: _BuildInputs) -> "Source":
     from dftserve.targets import combine
 
     parts = [
-        part for part in _weighted_parts(config, kind) if not _is_unused_references(part[0], given)
+        part for part in _weighted_parts(config, kind) if not _is_unused_references(part[0], inputs)
     ]
     if not parts:
         raise ValueError(f"{kind}: no prompt has two answers, and there is no other source.")
-    sources = [_built(part, given) for part, _ in parts]
+    sources = [_built(part, inputs) for part, _ in parts]
     weights = [weight for _, weight in parts]
     if len(sources) == 1:
         # The weights of a mix are shares; those of a geomix are exponents, which apply to one
@@ -423,12 +423,12 @@ def _mixed(kind: str, config: Any, given: _Given) -> "Source":
     return cls(sources, weights)
 
 
-def _is_unused_references(source: Mapping[str, Any], given: _Given) -> bool:
+def _is_unused_references(source: Mapping[str, Any], inputs: _BuildInputs) -> bool:
     """Whether a source is optional references and no prompt has two answers."""
     kind, config = _kind_and_config(source, "source")
     if kind != "references" or not settings.load(_References, config, kind).optional:
         return False
-    questions = [document.question for document in given.all_documents if document.has_prompt]
+    questions = [document.question for document in inputs.all_documents if document.has_prompt]
     return len(set(questions)) == len(questions)
 
 
@@ -448,15 +448,15 @@ class _Ngram:
         _between(1, 64, order=self.order)
         _between(1, 1 << 30, min_count=self.min_count)
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.targets.ngram import Ngram
 
         return Ngram(
-            given.documents["train"],
-            vocabulary=given.vocabulary,
+            inputs.documents["train"],
+            vocabulary=inputs.vocabulary,
             order=self.order,
             min_count=self.min_count,
-            leaves_out=given.leaves_out,
+            leaves_out=inputs.leaves_out,
         )
 
 
@@ -465,11 +465,11 @@ class _References:
     optional: bool = False
     """Leave it out of a mix if no prompt has two answers."""
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.targets.references import References
 
         # All answers to one question are in the same split, so nothing leaks between splits.
-        return References(given.all_documents, vocabulary=given.vocabulary)
+        return References(inputs.all_documents, vocabulary=inputs.vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,12 +489,12 @@ class _Teacher:
                 f"device: got {self.device!r:.80}; accepted: cpu, cuda, cuda:N, mps, xpu, xpu:N."
             )
 
-    def build(self, given: _Given) -> "Teacher":
+    def build(self, inputs: _BuildInputs) -> "Teacher":
         from dftserve.targets.teacher import Teacher
 
         return Teacher.load(
             self.model,
-            vocabulary=given.vocabulary,
+            vocabulary=inputs.vocabulary,
             dtype=self.dtype,
             device=self.device,
             temperature=self.temperature,
@@ -517,13 +517,13 @@ class _Served:
 
         key_of(self.key_variable)
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.targets.served import ServedTeacher
 
         return ServedTeacher(
             self.url,
             self.model,
-            vocabulary=given.vocabulary,
+            vocabulary=inputs.vocabulary,
             key_variable=self.key_variable,
             at_once=self.at_once,
         )
@@ -544,12 +544,12 @@ class _Principles:
         check_principles(self.principles, "principles")
         prior(self.principles, self.weights)
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.targets.principles import Principles
 
         return Principles(
-            self.teacher.build(given),
-            given.tokenizer,
+            self.teacher.build(inputs),
+            inputs.tokenizer,
             self.principles,
             weights=self.weights,
             posterior_power=self.posterior_power,
@@ -564,10 +564,10 @@ class _Temper:
     def __post_init__(self) -> None:
         _between(1e-6, 1e6, power=self.power)
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.targets.combine import Temper
 
-        return Temper(_built(self.of, given), self.power)
+        return Temper(_built(self.of, inputs), self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -591,16 +591,16 @@ class _Tilt:
         except ValueError as error:
             raise ValueError(f"tilt.samples: {error}") from None
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.corpus.read import read
         from dftserve.targets.encoding import encode
         from dftserve.targets.tilt import Tilt, phrases_of
 
-        written = [encode(given.tokenizer, text).document for text in read(Path(self.samples))]
+        written = [encode(inputs.tokenizer, text).document for text in read(Path(self.samples))]
         return Tilt(
-            _built(self.of, given),
-            phrases_of(given.tokenizer, self.phrases),
-            human=given.documents["train"],
+            _built(self.of, inputs),
+            phrases_of(inputs.tokenizer, self.phrases),
+            human=inputs.documents["train"],
             samples=written,
         )
 
@@ -653,34 +653,36 @@ class _Calibrated:
         if self.students is not None:
             CrossFitted.read(Path(self.students))
 
-    def build(self, given: _Given) -> "Source":
+    def build(self, inputs: _BuildInputs) -> "Source":
         from dftserve.targets.calibrated import Calibrated, Fit, calibrate
         from dftserve.targets.ngram import Ngram
 
-        teacher = self.teacher.build(given)
+        teacher = self.teacher.build(inputs)
         # Weights are fitted on held-out texts, whose groups are not counted at all: to match,
         # the counts for a training text leave out its group.
-        given = dataclasses.replace(given, leaves_out="group")
+        inputs = dataclasses.replace(inputs, leaves_out="group")
         ngram = Ngram(
-            given.documents["train"],
-            vocabulary=given.vocabulary,
+            inputs.documents["train"],
+            vocabulary=inputs.vocabulary,
             order=max(self.orders),
             min_count=self.min_count,
-            leaves_out=given.leaves_out,
+            leaves_out=inputs.leaves_out,
         )
-        parts, heldout = self._parts(teacher, ngram, given), given.documents["heldout"]
-        found = calibrate(
+        parts, heldout = self._parts(teacher, ngram, inputs), inputs.documents["heldout"]
+        calibration = calibrate(
             parts,
             ngram,
             heldout,
             bins=self.bins,
             fit=Fit(tokens=self.tokens, folds=self.folds, shrinkage=self.shrinkage),
-            known=given.known,
-            say=given.say,
+            known=inputs.known,
+            say=inputs.say,
         )
-        return Calibrated(parts, ngram, found, bins=self.bins, heldout=heldout)
+        return Calibrated(parts, ngram, calibration, bins=self.bins, heldout=heldout)
 
-    def _parts(self, teacher: "Teacher", ngram: "Ngram", given: _Given) -> "dict[str, DenseSource]":
+    def _parts(
+        self, teacher: "Teacher", ngram: "Ngram", inputs: _BuildInputs
+    ) -> "dict[str, DenseSource]":
         """The components by name."""
         from dftserve.targets.cache import Cache
         from dftserve.targets.calibrated import NGRAM, STUDENTS, TEACHER
@@ -688,7 +690,7 @@ class _Calibrated:
         from dftserve.targets.in_context import InContext
         from dftserve.targets.students import Students
 
-        train = given.documents["train"]
+        train = inputs.documents["train"]
         parts: dict[str, DenseSource] = {TEACHER: teacher}
         if self.in_context:
             parts["in context"] = InContext(
@@ -696,7 +698,7 @@ class _Calibrated:
             )
         parts |= {f"{NGRAM}{order}": ngram.at_order(order) for order in sorted(self.orders)}
         parts |= {
-            f"cache {decay:g}": Cache(decay=decay, vocabulary=given.vocabulary)
+            f"cache {decay:g}": Cache(decay=decay, vocabulary=inputs.vocabulary)
             for decay in self.decays
         }
         if self.students is not None:
@@ -704,12 +706,12 @@ class _Calibrated:
                 Path(self.students),
                 train,
                 base=self.teacher.model,
-                vocabulary=given.vocabulary,
+                vocabulary=inputs.vocabulary,
                 dtype=self.teacher.dtype,
                 device=self.teacher.device,
             )
         for i, other in enumerate(self.others, 1):
-            parts[f"{next(iter(other))} ({i})"] = dense(_built(other, given), "calibrated")
+            parts[f"{next(iter(other))} ({i})"] = dense(_built(other, inputs), "calibrated")
         return parts
 
 

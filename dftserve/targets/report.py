@@ -197,8 +197,8 @@ def as_text(summary: Summary) -> str:
             f"{of.entropy_nats:>9.3f}{of.tail_mass:>7.1%}{of.token_nats:>11.3f}"
             f"{of.token_ruled_out:>11.1%}"
         )
-    for found in calibrated.calibrations(plan.get("source")):
-        lines += ["", calibrated.as_text(found)]
+    for calibration in calibrated.calibrations(plan.get("source")):
+        lines += ["", calibrated.as_text(calibration)]
     lines += ["", "entropy of the training targets, nats", *_bars(summary.splits["train"])]
     for number, example in enumerate(summary.examples, 1):
         lines += ["", f"example {number}: {_visible(example.before)[-60:]}"]

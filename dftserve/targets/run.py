@@ -81,8 +81,8 @@ class Job:
 
 
 def _is_address(engine: str) -> bool:
-    found = re.fullmatch(r"ray://[^/\s]+:(\d{1,5})", engine)
-    return found is not None and 0 < int(found[1]) < 1 << 16
+    match = re.fullmatch(r"ray://[^/\s]+:(\d{1,5})", engine)
+    return match is not None and 0 < int(match[1]) < 1 << 16
 
 
 def _address(job: Job) -> str | None:
@@ -143,7 +143,7 @@ def estimate(job: Job, say: Say = print) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Material:
+class EncodedCorpus:
     """A tokenised corpus."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -171,8 +171,8 @@ def _prepared(job: Job, say: Say) -> _Prepared:
     material = read_documents(job, recipe, say, written_at=_written_at(recipe, begun))
     documents = material.documents
     source = _source(recipe, material.tokenizer, documents, begun.get("source"), say)
-    for found in calibrated.calibrations(source.describe()):
-        say(calibrated.as_text(found))
+    for calibration in calibrated.calibrations(source.describe()):
+        say(calibrated.as_text(calibration))
     plan = store.plan(
         source,
         documents,
@@ -196,11 +196,11 @@ def _written_at(recipe: Recipe, begun: Mapping[str, Any]) -> str | None:
 
 def _written_in(corpus: Any) -> str | None:
     """The time in a plan's corpus."""
-    given = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
-    return given if isinstance(given, str) else None
+    written_at = corpus.get(WRITTEN_AT) if isinstance(corpus, Mapping) else None
+    return written_at if isinstance(written_at, str) else None
 
 
-def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None) -> Material:
+def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None) -> EncodedCorpus:
     """The corpus of a job, filtered, split and encoded.
 
     Args:
@@ -223,16 +223,16 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
         seed=job.seed,
         counts_answers=recipes.counts_answers(recipe),
     )
-    documents, found = encode_corpus(
+    documents, counts = encode_corpus(
         corpus, tokenizer, recipe.corpus, max_tokens=job.max_tokens, skip_bad=job.skip_bad
     )
-    say(corpus_text(found))
+    say(corpus_text(counts))
     longest = max((len(d.tokens_N) for split in SPLITS for d in documents[split]), default=0)
     for teacher in teachers.values():
         teacher.check_length(longest, "--max-tokens")
     for model, principles in recipes.principles(recipe):
         _check_under_principles(teachers[model], tokenizer, principles, documents)
-    return Material(
+    return EncodedCorpus(
         tokenizer=tokenizer,
         documents=documents,
         template=template_fingerprint(tokenizer) if _has_conversations(corpus) else None,
@@ -243,7 +243,7 @@ def read_documents(job: Job, recipe: Recipe, say: Say, *, written_at: str | None
             "heldout": job.heldout,
             "max_tokens": job.max_tokens,
             **({WRITTEN_AT: moment.isoformat()} if moment else {}),
-            **found,
+            **counts,
         },
     )
 
@@ -320,7 +320,7 @@ def _stopped_clock(tokenizer: PreTrainedTokenizerBase, written_at: str | None) -
     return moment
 
 
-def _checked_model(job: Job) -> pretrained.Examined | None:
+def _checked_model(job: Job) -> pretrained.ModelFiles | None:
     """The model that will be trained, checked by `pretrained.examine`; None: the folder has no
     model, only a tokenizer."""
     if Path(job.model).is_dir() and not (Path(job.model) / CONFIG).exists():
@@ -330,7 +330,7 @@ def _checked_model(job: Job) -> pretrained.Examined | None:
 
 def _checked_teachers(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, pretrained.Examined]:
+) -> dict[str, pretrained.ModelFiles]:
     """The teachers by name, checked before any text is read, like the model that will be trained.
 
     Raises:
@@ -338,14 +338,14 @@ def _checked_teachers(
             embedding.
     """
     models = dict.fromkeys(recipes.teacher_models(recipe))
-    found = {model: pretrained.examine(model) for model in models}
-    for teacher in found.values():
+    teachers = {model: pretrained.examine(model) for model in models}
+    for teacher in teachers.values():
         teacher.check_tokenizer(tokenizer)
-    return found
+    return teachers
 
 
 def _check_under_principles(
-    teacher: pretrained.Examined,
+    teacher: pretrained.ModelFiles,
     tokenizer: PreTrainedTokenizerBase,
     principles: Mapping[str, str],
     documents: Mapping[str, Sequence[Document]],

@@ -197,8 +197,8 @@ class ServedTeacher(Source):
         return entries
 
 
-def _logprob(given: float) -> float:
-    return -math.inf if given <= NO_CHANCE else float(given)
+def _logprob(value: float) -> float:
+    return -math.inf if value <= NO_CHANCE else float(value)
 
 
 def _entropy(probabilities: Sequence[float]) -> float:

@@ -332,14 +332,14 @@ def begin(folder: Path, wanted: Plan) -> None:
     Raises:
         StoreError: the folder contains a build with another plan, or other files.
     """
-    found = existing_plan(folder)
-    if not found:
+    written = existing_plan(folder)
+    if not written:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / PLAN, _json(asdict(wanted)))
         return
     here = json.loads(_json(asdict(wanted)))
     here["source"] = here.pop("source")  # Last, since it may have only a digest of the corpus.
-    if other := difference(found, here):
+    if other := difference(written, here):
         raise StoreError(
             f"{folder} holds a store of another plan: {other}. Choose another folder, "
             "or remove this one."
@@ -368,10 +368,10 @@ def existing_plan(folder: Path) -> Mapping[str, Any]:
 def _plan_in(folder: Path, path: Path) -> Mapping[str, Any]:
     """The plan in a manifest, or in the plan file of an unfinished build."""
     try:
-        found = read_json(path, within=folder, largest=LARGEST_MANIFEST)
+        content = read_json(path, within=folder, largest=LARGEST_MANIFEST)
     except FileError as error:
         raise StoreError(with_advice(error, "choose another folder, or remove this one")) from None
-    plan = found.get("plan", found) if isinstance(found, Mapping) else None
+    plan = content.get("plan", content) if isinstance(content, Mapping) else None
     if not plan or not isinstance(plan, Mapping):
         raise StoreError(f"{path} is no plan of a store; choose another folder, or remove it.")
     return plan
@@ -427,8 +427,8 @@ def build(
             yield part.tokens
             continue
         batch = part.of(documents)
-        found = yield from _targets(wanted, source, part, batch)
-        atomic.write_file(path, lambda temporary: _write_shard(temporary, batch, found))  # noqa: B023
+        targets = yield from _targets(wanted, source, part, batch)
+        atomic.write_file(path, lambda temporary: _write_shard(temporary, batch, targets))  # noqa: B023
 
 
 def shard_bytes(
@@ -448,14 +448,14 @@ def _targets(
     wanted: Plan, source: Source, part: Part, batch: Sequence[Document]
 ) -> Generator[int, None, list[Targets]]:
     """The targets of each document of a part; yields the number of tokens of each batch."""
-    found: dict[int, Targets] = {}
+    by_index: dict[int, Targets] = {}
     for indices in batches_of(batch):
         some = [batch[index] for index in indices]
         seeds = [_seed(wanted, part.split, part.start + index) for index in indices]
-        given = source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
-        found |= zip(indices, given, strict=True)
+        computed = source.targets(some, k=wanted.k, draws=wanted.draws, seeds=seeds)
+        by_index |= zip(indices, computed, strict=True)
         yield sum(len(document.tokens_N) for document in some)
-    return [found[index] for index in range(len(batch))]
+    return [by_index[index] for index in range(len(batch))]
 
 
 def batches_of(documents: Sequence[Document]) -> Iterator[list[int]]:
@@ -698,9 +698,9 @@ class _ShardFile:
             path = real_file(self._path, within=self._folder, largest=largest)
             opened: Any = safe_open(path, framework="np")
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            found = {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
-        if found != wanted:
-            differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+            shapes = {name: (each.get_dtype(), each.get_shape()) for name, each in slices.items()}
+        if shapes != wanted:
+            differing = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
             raise self._error(f"the tensors {', '.join(differing)}"[:80], "those of its manifest")
         return opened
 
@@ -780,11 +780,11 @@ def versions() -> dict[str, str]:
     return {"dftserve": __version__, **{n: version(n) for n in ("torch", "transformers", "numpy")}}
 
 
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """A description of the first field of `wanted` that differs in `found`; None if all are
+def difference(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """A description of the first field of `wanted` that differs in `written`; None if all are
     equal."""
     for name, here in wanted.items():
-        there = found.get(name)
+        there = written.get(name)
         if there != here:
             name, there, here = _innermost(name, there, here)
             return f"{name} is {_short(there)} there and {_short(here)} here"

@@ -62,19 +62,19 @@ class CrossFitted:
     @classmethod
     def read(cls, folder: Path) -> "CrossFitted":
         """Raises ValueError: not a folder of students, or an unfinished one."""
-        found = cls.started(folder)
-        if found is None:
+        students = cls.started(folder)
+        if students is None:
             raise ValueError(
                 f"students: got {str(folder)!r}, which has no {STUDENTS_FILE}; accepted: the --out "
                 "of `dftserve target students`."
             )
-        for fold in range(found.folds):
+        for fold in range(students.folds):
             if not (final_of(folder, fold) / "config.json").exists():
                 raise ValueError(
-                    f"students: {folder} is unfinished: fold {fold} of {found.folds} has no model; "
-                    "run its command again."
+                    f"students: {folder} is unfinished: fold {fold} of {students.folds} has no "
+                    "model; run its command again."
                 )
-        return found
+        return students
 
 
 def check_folds(folds: int) -> None:
@@ -134,14 +134,14 @@ class Students(DenseSource):
             ValueError: the folder is missing, unfinished, or for another corpus or base model; or
                 `lm` refuses a model.
         """
-        found = CrossFitted.read(folder)
-        if found.model_blake3 != pretrained.model_digest(pretrained.examine(base)):
+        students = CrossFitted.read(folder)
+        if students.model_blake3 != pretrained.model_digest(pretrained.examine(base)):
             raise ValueError(
                 f"students: {folder} was tuned from another model than the teacher {base!r}; "
                 "accepted: students of the teacher, which is the model before tuning. Train them "
                 "again with that as --model, or set teacher to the model that they were tuned from."
             )
-        if found.corpus_blake3 != corpus_digest(train, found.folds):
+        if students.corpus_blake3 != corpus_digest(train, students.folds):
             raise ValueError(
                 f"students: {folder} was trained on other texts than these; accepted: students of "
                 "the same corpus, recipe, --heldout, --seed and --max-tokens. Train them again, or "
@@ -155,7 +155,7 @@ class Students(DenseSource):
                     dtype=dtype,
                     device=device,
                 )
-                for fold in range(found.folds)
+                for fold in range(students.folds)
             ]
         )
 
@@ -166,7 +166,7 @@ class Students(DenseSource):
         rows: dict[int, Rows] = {}
         fold_of_each = [fold_of(document, len(self._students)) for document in documents]
         for fold, student in enumerate(self._students):
-            indices = [index for index, found in enumerate(fold_of_each) if found == fold]
+            indices = [index for index, own_fold in enumerate(fold_of_each) if own_fold == fold]
             if indices:
                 read = student.read([documents[index] for index in indices])
                 rows |= zip(indices, read, strict=True)

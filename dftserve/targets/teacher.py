@@ -69,7 +69,7 @@ class Teacher(DenseSource):
     @classmethod
     def load(
         cls,
-        model: str | Path | pretrained.Examined,
+        model: str | Path | pretrained.ModelFiles,
         *,
         vocabulary: int,
         dtype: str | torch.dtype = "auto",
@@ -86,15 +86,15 @@ class Teacher(DenseSource):
         Raises:
             ValueError: as `pretrained.examine`, `pretrained.load` and the constructor.
         """
-        found = model if isinstance(model, pretrained.Examined) else pretrained.examine(model)
+        files = model if isinstance(model, pretrained.ModelFiles) else pretrained.examine(model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = pretrained.load(found, dtype=dtype, device=device)
-        folder = pretrained.fetched(found)
-        is_local = Path(found.name).is_dir()
+        loaded = pretrained.load(files, dtype=dtype, device=device)
+        folder = pretrained.weights_folder(files)
+        is_local = Path(files.name).is_dir()
         teacher = cls(
             loaded,
             vocabulary=vocabulary,
-            name=folder.resolve().name if is_local else found.name,
+            name=folder.resolve().name if is_local else files.name,
             temperature=temperature,
             tokens_N=tokens_N,
         )
@@ -181,8 +181,8 @@ class Teacher(DenseSource):
 
     def _decode(self, ids_BN: Tensor, mask_BN: Tensor) -> Tensor:
         device = self.model.device
-        given = {"input_ids": ids_BN.to(device), "attention_mask": mask_BN.to(device)}
-        return self._lm.states(**given).hidden_BND.reshape(*ids_BN.shape, -1)
+        inputs = {"input_ids": ids_BN.to(device), "attention_mask": mask_BN.to(device)}
+        return self._lm.states(**inputs).hidden_BND.reshape(*ids_BN.shape, -1)
 
     def _check_lengths(self, texts: Sequence[np.ndarray]) -> None:
         most = self.positions

@@ -141,16 +141,16 @@ class Tilt(DenseSource):
     def _completions(self, document: Document) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens that would complete a phrase: the index among trained positions, rising; the
         token; and λ."""
-        found: list[tuple[int, int, float]] = []
+        completions: list[tuple[int, int, float]] = []
         for name, tokenisations in self._phrases.items():
             ends: set[tuple[int, int]] = set()
             for *before, last in tokenisations:
                 after_N = _follows(document.tokens_N, before)
                 indices = np.flatnonzero(after_N[document.positions_T])
                 ends.update((index, last) for index in indices.tolist())
-            found += [(index, token, self.fit.strengths[name]) for index, token in ends]
-        found.sort()
-        index, token, strength = zip(*found, strict=True) if found else ((), (), ())
+            completions += [(index, token, self.fit.strengths[name]) for index, token in ends]
+        completions.sort()
+        index, token, strength = zip(*completions, strict=True) if completions else ((), (), ())
         return (
             np.array(index, np.int64),
             np.array(token, np.int64),
@@ -162,14 +162,14 @@ def phrases_of(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> dict[str, list[tuple[int, ...]]]:
     """Each text's tokenisations, with and without a space before it."""
-    found = {}
+    phrases = {}
     for text in texts:
         tokenisations = {
             tuple(tokenizer(variant, add_special_tokens=False, truncation=False)["input_ids"])
             for variant in (text, f" {text}")
         }
-        found[text] = sorted(tokenisations)
-    return found
+        phrases[text] = sorted(tokenisations)
+    return phrases
 
 
 def count(document: Document, tokenisations: Sequence[Sequence[int]]) -> int:
@@ -234,7 +234,7 @@ def _minimum(excess_SF: np.ndarray, limit_F: np.ndarray) -> np.ndarray:
         weight_S, log_mean = _weights(excess_SF, strength_F)
         return log_mean, weight_S @ excess_SF
 
-    found = minimize(
+    result = minimize(
         value_and_gradient,
         np.zeros(excess_SF.shape[1]),
         jac=True,
@@ -242,7 +242,7 @@ def _minimum(excess_SF: np.ndarray, limit_F: np.ndarray) -> np.ndarray:
         bounds=[(-limit, limit) for limit in limit_F],
         options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-9},
     )
-    return found.x
+    return result.x
 
 
 def _weights(excess_SF: np.ndarray, strength_F: np.ndarray) -> tuple[np.ndarray, float]:
@@ -278,23 +278,23 @@ def _checked(phrases: Phrases, vocabulary: int) -> dict[str, list[tuple[int, ...
     return checked
 
 
-def _check_effective_samples(found: Fit) -> None:
-    share = found.effective_samples / found.samples
-    problem = f"tilt: {found.effective_samples:.1f} of {found.samples} samples are effective"
+def _check_effective_samples(fit: Fit) -> None:
+    share = fit.effective_samples / fit.samples
+    problem = f"tilt: {fit.effective_samples:.1f} of {fit.samples} samples are effective"
     advice = (
         "Give more samples of the base, fewer phrases or a smaller limit on λ; a base whose rates "
         "are closer to the human ones needs less tilt."
     )
-    if found.effective_samples < LEAST_SAMPLES:
+    if fit.effective_samples < LEAST_SAMPLES:
         raise ValueError(f"{problem}; accepted: {LEAST_SAMPLES:.0f} or more. {advice}")
     if share < LEAST_EFFECTIVE:
         warnings.warn(
             f"{problem}, under {LEAST_EFFECTIVE:.0%}: the rates rest on a few texts. {advice}",
             stacklevel=3,
         )
-    if found.unseen:
+    if fit.unseen:
         warnings.warn(
-            f"tilt: no sample holds {', '.join(map(repr, found.unseen))}; left as in the "
+            f"tilt: no sample holds {', '.join(map(repr, fit.unseen))}; left as in the "
             "base. Give more samples, or leave it out.",
             stacklevel=3,
         )

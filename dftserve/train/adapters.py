@@ -92,28 +92,28 @@ def modules_of(
     if not wanted:
         raise ValueError(f"lora.modules: got none; {accepted}.")
     for name in wanted:
-        found = [
+        modules = [
             module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")
         ]
-        if not found or not all(isinstance(module, TAKES_ADAPTERS) for module in found):
+        if not modules or not all(isinstance(module, TAKES_ADAPTERS) for module in modules):
             raise ValueError(f"lora.modules: got {name!r}; {accepted}.")
         if name.rpartition(".")[2] in never:
             raise ValueError(
                 f"lora.modules: got {name!r}, which {model.config.model_type} does not call in "
                 f"training, so that an adapter would have no effect; {accepted}."
             )
-        _check_embeddings(model, name, found, accepted)
+        _check_embeddings(model, name, modules, accepted)
     return wanted
 
 
-def _check_embeddings(model: Any, name: str, found: list[nn.Module], accepted: str) -> None:
+def _check_embeddings(model: Any, name: str, modules: list[nn.Module], accepted: str) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if any(module is head for module in found):
+    if any(module is head for module in modules):
         raise ValueError(
             f"lora.modules: got {name!r}, the output layer, whose weights the loss reads directly; "
             f"{accepted}."
         )
-    if any(module is embedding for module in found) and embedding.weight is head.weight:
+    if any(module is embedding for module in modules) and embedding.weight is head.weight:
         raise ValueError(
             f"lora.modules: got {name!r}, whose weights are tied to the output layer's: merged "
             "into both, the adapter would change the logits that it was trained on; "

@@ -74,8 +74,11 @@ class DivergenceConfig:
                 f"target_weight: got {self.target_weight!r}; accepted: a number from 0 to 1, or "
                 f"{AUTO!r}."
             )
-        given = self.target_weight
-        weights = [*self.to_try, *([given] if isinstance(given, float | int) else [])]
+        target_weight = self.target_weight
+        weights = [
+            *self.to_try,
+            *([target_weight] if isinstance(target_weight, float | int) else []),
+        ]
         for weight in weights:
             if not 0 <= weight <= 1 or (self.name == "reverse_kl" and weight == 0):
                 least = "above 0" if self.name == "reverse_kl" else "from 0"
@@ -107,14 +110,14 @@ class DivergenceConfig:
         Raises:
             ValueError: a value out of its bounds.
         """
-        given = {n: getattr(self, n) for n in TAKES[self.name] if getattr(self, n) is not None}
-        if "target_weight" in given:
-            given["weight"] = float(given.pop("target_weight"))
+        settings = {n: getattr(self, n) for n in TAKES[self.name] if getattr(self, n) is not None}
+        if "target_weight" in settings:
+            settings["weight"] = float(settings.pop("target_weight"))
         if self.name == "sliced_w1":
             assert embeddings_VD is not None, "sliced_w1 needs the model's embeddings"
             lines = Projections.of(embeddings_VD, lines=self.projections, seed=seed)
-            return divergences.SlicedW1(projections=lines, **given)
-        return DIVERGENCES[self.name](**given)
+            return divergences.SlicedW1(projections=lines, **settings)
+        return DIVERGENCES[self.name](**settings)
 
 
 TAKES: Mapping[str, tuple[str, ...]] = {

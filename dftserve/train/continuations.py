@@ -53,17 +53,19 @@ class Anchors:
         rows, tokens = batch["input_ids"].shape
         positions_T = batch["positions_T"].cpu().numpy()
         runs = np.split(positions_T, np.flatnonzero(np.diff(positions_T) != 1) + 1)
-        found: list[list[int]] = [[] for _ in range(rows)]
+        places_of_rows: list[list[int]] = [[] for _ in range(rows)]
         for run in runs:
             room = len(run) - length
             if room < 0:
                 continue
             first = int(source.integers(min(every, room + 1)))
-            found[int(run[0]) // tokens] += [int(run[k]) for k in range(first, room + 1, every)]
-        most = max(map(len, found))
+            places_of_rows[int(run[0]) // tokens] += [
+                int(run[k]) for k in range(first, room + 1, every)
+            ]
+        most = max(map(len, places_of_rows))
         places_BK = np.zeros((rows, most), np.int64)
         is_real_BK = np.zeros((rows, most), bool)
-        for row, places in enumerate(found):
+        for row, places in enumerate(places_of_rows):
             places_BK[row, : len(places)] = np.array(places, np.int64) % tokens
             is_real_BK[row, : len(places)] = True
         device = batch["input_ids"].device
@@ -192,8 +194,8 @@ def sample(
     for step in range(layout.length):
         drawn_GBX.append(_sample(model, hidden_BXD, generator))
         if step + 1 < layout.length:
-            given = layout.inputs(drawn_GBX[-1], layout.step(step), dtype)
-            hidden_BXD = model.states_with_cache(cache, **given).hidden_BND
+            inputs = layout.inputs(drawn_GBX[-1], layout.step(step), dtype)
+            hidden_BXD = model.states_with_cache(cache, **inputs).hidden_BND
             hidden_BXD = hidden_BXD.reshape(rows, layout.block, -1)
     stacked_GBX = torch.stack(drawn_GBX)
     return stacked_GBX.permute(1, 2, 0).reshape(rows, anchors, layout.samples, layout.length)
@@ -288,8 +290,8 @@ def _difference(model: LanguageModel, row_1N: Tensor, layout: Layout, drawn_1KSG
             hidden = model.states(input_ids=alone_1M).hidden_BND
             alone_GV = _logprobs(model, hidden, at_G)
             spread = max(spread, float(alone_GV.std(dim=-1).mean()))
-            for found in (together_KSGV, by_steps_KSGV):
-                largest = max(largest, float((found[k, s] - alone_GV).abs().max()))
+            for logprobs_KSGV in (together_KSGV, by_steps_KSGV):
+                largest = max(largest, float((logprobs_KSGV[k, s] - alone_GV).abs().max()))
     return largest / spread
 
 

@@ -16,7 +16,7 @@ from dftserve.fingerprints import tokenizer_fingerprint
 from dftserve.targets import recipe as recipes
 from dftserve.targets import store
 from dftserve.targets.document import Document
-from dftserve.targets.run import Job, Material, Say, read_documents
+from dftserve.targets.run import EncodedCorpus, Job, Say, read_documents
 from dftserve.targets.students import (
     STUDENTS_FILE,
     CrossFitted,
@@ -71,7 +71,7 @@ def cross_fit(
 
 def train_folds(
     folder: Path,
-    material: Material,
+    material: EncodedCorpus,
     config: TrainConfig,
     *,
     folds: int,
@@ -119,11 +119,11 @@ def train_folds(
 
 def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
     """The settings, checked before anything is read."""
-    taken = [name for name in training if name.split(".")[0] in OURS]
-    if taken:
+    own_settings = [name for name in training if name.split(".")[0] in OURS]
+    if own_settings:
         raise ValueError(
-            f"--train {taken[0]}: a student's {taken[0].split('.')[0]} is set by its fold; "
-            "accepted: the trainer's other settings, such as epochs=2."
+            f"--train {own_settings[0]}: a student's {own_settings[0].split('.')[0]} is set by its "
+            "fold; accepted: the trainer's other settings, such as epochs=2."
         )
     paths = dict.fromkeys(PATHS, "set by the fold")
     config = configs.load(None, {**training, **paths})
@@ -142,13 +142,13 @@ def _config(job: Job, training: Mapping[str, str]) -> TrainConfig:
 
 def _begun(folder: Path) -> CrossFitted | None:
     """The students in a folder, refused before the corpus is read if it holds something else."""
-    found = CrossFitted.started(folder)
-    if found is None:
+    students = CrossFitted.started(folder)
+    if students is None:
         atomic.check_writable(folder)
     # A killed process may have left partially written metadata.
-    if found is None and not atomic.has_only(folder, {STUDENTS_FILE + atomic.PARTIAL}):
+    if students is None and not atomic.has_only(folder, {STUDENTS_FILE + atomic.PARTIAL}):
         raise ValueError(f"{folder} is neither empty nor a folder of students; choose another.")
-    return found
+    return students
 
 
 def _begin(folder: Path, was: CrossFitted | None, wanted: CrossFitted) -> None:
@@ -173,7 +173,7 @@ def _json(wanted: CrossFitted) -> str:
 
 
 def _text_itself(
-    folder: Path, material: Material, documents: Mapping[str, Sequence[Document]], seed: int
+    folder: Path, material: EncodedCorpus, documents: Mapping[str, Sequence[Document]], seed: int
 ) -> Path:
     """Write a store whose target is the text itself."""
     targets = folder / "targets"

@@ -98,7 +98,7 @@ class TargetRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class LogitRows:
     """R rows of a model: the logits, and the quantities of them that every divergence needs."""
 
     logits_RV: Tensor
@@ -107,11 +107,11 @@ class Rows:
     """ln Σ exp(logits)."""
 
     @staticmethod
-    def of(logits_RV: Tensor) -> "Rows":
+    def of(logits_RV: Tensor) -> "LogitRows":
         """Uses one exponential per entry: log Z = z_max − ln p_max."""
         p_RV = logits_RV.softmax(dim=1)
         p_max_R, at_R = p_RV.max(dim=1)
-        return Rows(logits_RV, p_RV, logits_RV.gather(1, at_R[:, None])[:, 0] - p_max_R.log())
+        return LogitRows(logits_RV, p_RV, logits_RV.gather(1, at_R[:, None])[:, 0] - p_max_R.log())
 
     @property
     def entropy_R(self) -> Tensor:
@@ -127,7 +127,7 @@ class Divergence(ABC):
     """Whether a store with a lumped tail is refused."""
 
     @abstractmethod
-    def loss_and_gradient(self, rows: "Rows", target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: "LogitRows", target: TargetRows) -> tuple[Tensor, Tensor]:
         """(loss_R in nats, d loss / d logits [R, V]); the rows' tensors may be overwritten."""
 
     @abstractmethod
@@ -152,7 +152,7 @@ class ForwardKL(Divergence):
     def __post_init__(self) -> None:
         _bounded("weight", self.weight, 0.0, 1.0)
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
         ids_RE, mass_RE = self.entries(target)
         cross_entropy_R = rows.log_z_R - (mass_RE * rows.logits_RV.gather(1, ids_RE)).sum(dim=1)
         gradient_RV = rows.p_RV.scatter_add_(1, ids_RE, -mass_RE)
@@ -205,7 +205,7 @@ class SFT(Divergence):
 
     reads_target: ClassVar[bool] = False
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
         loss_R = rows.log_z_R - _own(rows.logits_RV, target)
         return loss_R, _less_one_at(rows.p_RV, target.labels_R)
 
@@ -232,7 +232,7 @@ class LumpedDivergence(Divergence):
     def slope(self, p_RC: Tensor, t_RC: Tensor) -> Tensor:
         """∂D/∂P, [R, C], up to one constant a row."""
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
         p_RV = rows.p_RV
         ids_RS, single_RS, t_RC = self.cells(target)
         p_RC = _with_rest(p_RV.gather(1, ids_RS) * single_RS)
@@ -370,7 +370,7 @@ class SlicedW1(Divergence):
     def __post_init__(self) -> None:
         _bounded("weight", self.weight, 0.0, 1.0)
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
         p_RV = rows.p_RV
         excess_RV = self._excess(p_RV, target)
         lines = len(self.projections.order_LV)
@@ -415,7 +415,7 @@ class LabelSmoothing(Divergence):
     def __post_init__(self) -> None:
         _bounded("epsilon", self.epsilon, 0.0, 1.0)
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
         own_R, mean_R = _own(rows.logits_RV, target), rows.logits_RV.mean(dim=1)
         loss_R = rows.log_z_R - (1 - self.epsilon) * own_R - self.epsilon * mean_R
         gradient_RV = rows.p_RV.sub_(self.epsilon / rows.p_RV.shape[1])
@@ -438,7 +438,7 @@ class EntropyBonus(Divergence):
     def __post_init__(self) -> None:
         _bounded("strength", self.strength, 0.0, 10.0)
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
         entropy_R = rows.entropy_R
         loss_R = rows.log_z_R - _own(rows.logits_RV, target) - self.strength * entropy_R
         # p·(1 + c·(z − log Z + H)), without another [R, V].
@@ -466,8 +466,8 @@ class GEM(Divergence):
     def __post_init__(self) -> None:
         _bounded("temperature", self.temperature, 0.01, 10.0)
 
-    def loss_and_gradient(self, rows: Rows, target: TargetRows) -> tuple[Tensor, Tensor]:
-        cooled = Rows.of(rows.logits_RV.div_(self.temperature))
+    def loss_and_gradient(self, rows: LogitRows, target: TargetRows) -> tuple[Tensor, Tensor]:
+        cooled = LogitRows.of(rows.logits_RV.div_(self.temperature))
         loss_R, gradient_RV = SFT().loss_and_gradient(cooled, target)
         return self.temperature * loss_R, gradient_RV
 

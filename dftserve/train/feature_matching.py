@@ -102,16 +102,16 @@ class FeatureNetwork:
         """
         count = model.model.config.get_text_config().num_hidden_layers
         layers = tuple(max(1, round(share * count)) for share in shares)
-        seen, sums_LD, squares_LD = 0, 0.0, 0.0
+        positions, sums_LD, squares_LD = 0, 0.0, 0.0
         for batch in batches:
             states_LTD = _states_at_trained(model, layers, batch, untrained)
-            seen += states_LTD.shape[1]
+            positions += states_LTD.shape[1]
             sums_LD = sums_LD + states_LTD.sum(dim=1)
             squares_LD = squares_LD + states_LTD.square().sum(dim=1)
-            if seen >= MOMENT_TOKENS:
+            if positions >= MOMENT_TOKENS:
                 break
-        means_LD: Any = sums_LD / seen
-        deviations_LD = (squares_LD / seen - means_LD.square()).clamp_min(0).sqrt()
+        means_LD: Any = sums_LD / positions
+        deviations_LD = (squares_LD / positions - means_LD.square()).clamp_min(0).sqrt()
         return FeatureNetwork(
             model,
             layers,
@@ -137,9 +137,9 @@ class FeatureNetwork:
     ) -> tuple[Tensor, Tensor]:
         """([B, K, S, F], [B, K, F]): features of the samples, and of the text's continuation."""
         rows, anchors = layout.places_BK.shape
-        given = layout.all_inputs(text_BN, continuations_BKSG, self.model.model.dtype)
+        inputs = layout.all_inputs(text_BN, continuations_BKSG, self.model.model.dtype)
         with self.untrained():
-            states_BQD = self.model.layer_states(self.layers, **given)
+            states_BQD = self.model.layer_states(self.layers, **inputs)
         last = layout.step(layout.length - 1)
         ends_BK = (layout.places_BK + layout.length).clamp_max(layout.tokens - 1)
         each = torch.arange(rows, device=ends_BK.device)[:, None]

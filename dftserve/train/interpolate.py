@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from dftserve import atomic, checkpoint, pretrained
 from dftserve.checkpoint import FINAL
 from dftserve.library_writes import writing
-from dftserve.pretrained import Examined
+from dftserve.pretrained import ModelFiles
 from dftserve.spec import CheckpointInfo
 from dftserve.targets.document import load_tokenizer
 from dftserve.train.save import copy_companions
@@ -106,7 +106,7 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
 # ── What two models must have in common ──────────────────────────────────────────────────────────
 
 
-def _check_configurations(tuned: Examined, other: Examined) -> None:
+def _check_configurations(tuned: ModelFiles, other: ModelFiles) -> None:
     ours, theirs = (_settings(found.config.to_dict()) for found in (tuned, other))
     differing = sorted(
         name
@@ -170,7 +170,7 @@ def _check_tokens(
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _load(found: Examined) -> Any:
+def _load(found: ModelFiles) -> Any:
     # Not "auto", which replaces half precision by float32 on some CPUs: the result must keep it.
     return pretrained.load(found, dtype=found.config.dtype or torch.float32)
 
@@ -226,7 +226,7 @@ def _short_name(model: str) -> str:
     return f"{path.parent.name}/{FINAL}" if path.name == FINAL else path.name
 
 
-def _info(tuned: Examined, record: Interpolation) -> CheckpointInfo:
+def _info(tuned: ModelFiles, record: Interpolation) -> CheckpointInfo:
     """The dft.json: without the tuned model's entropies and diversity, which were measured on
     other weights."""
     recipe = (

@@ -32,8 +32,7 @@ class Material:
     train: Rows | MixedRows
     heldout: Rows | MixedRows
     collate: Collator
-    found: pretrained.Examined
-    """The model's configuration, without weights."""
+    model_files: pretrained.ModelFiles
     weights: str
     """`pretrained.model_digest` of the model."""
 
@@ -127,10 +126,10 @@ def read(config: TrainConfig) -> Material:
         ValueError: no store, a store of another tokenizer or template, or a lumped tail if the
             divergence needs draws.
     """
-    found = pretrained.examine(config.model)
+    files = pretrained.examine(config.model)
     tokenizer = load_tokenizer(config.model)
-    found.check_tokenizer(tokenizer)
-    stores = open_stores(config, tokenizer, vocabulary=found.vocabulary)
+    files.check_tokenizer(tokenizer)
+    stores = open_stores(config, tokenizer, vocabulary=files.vocabulary)
     has_heldout = stores[0].store.count("heldout") > 0  # All stores have some, or none has.
     if config.steps:
         check_patience(config, config.steps)
@@ -143,9 +142,9 @@ def read(config: TrainConfig) -> Material:
         for split in ("train", "heldout")
     }
     collate = Collator(packing=config.packing)
-    weights = pretrained.model_digest(found)
-    material = Material(tokenizer, stores, rows["train"], rows["heldout"], collate, found, weights)
-    found.check_length(material.longest, "max_length")
+    weights = pretrained.model_digest(files)
+    material = Material(tokenizer, stores, rows["train"], rows["heldout"], collate, files, weights)
+    files.check_length(material.longest, "max_length")
     return material
 
 
@@ -166,8 +165,8 @@ def _rows(
     Raises:
         ValueError: a store has text in this split but no trained token.
     """
-    given: dict[str, Any] = {"packing": packing, "seed": config.seed}
-    parts = [Rows(each.store, split, longest=config.max_length, **given) for each in stores]
+    order: dict[str, Any] = {"packing": packing, "seed": config.seed}
+    parts = [Rows(each.store, split, longest=config.max_length, **order) for each in stores]
     for each, part in zip(stores, parts, strict=True):
         if each.store.count(split) and not len(part):
             advice = "Leave it out, or build" if len(stores) > 1 else "Build"

@@ -56,18 +56,18 @@ def mixed_order(
     factors = [scale // share for share in shares]
     orders = [passes(len(of_store), seed, store) for store, of_store in enumerate(trained)]
     waiting = [next(order) for order in orders]
-    taken, total = [0] * len(shares), 0
+    tokens_read, total = [0] * len(shares), 0
     while True:
         eligible = [
             store
             for store, factor in enumerate(factors)
-            if taken[store] * factor * whole <= total * scale
+            if tokens_read[store] * factor * whole <= total * scale
         ]
-        filled = {store: taken[store] + trained[store][waiting[store]] for store in eligible}
+        filled = {store: tokens_read[store] + trained[store][waiting[store]] for store in eligible}
         store = min(eligible, key=lambda store: filled[store] * factors[store])
         yield store, waiting[store]
-        total += filled[store] - taken[store]
-        taken[store] = filled[store]
+        total += filled[store] - tokens_read[store]
+        tokens_read[store] = filled[store]
         waiting[store] = next(orders[store])
 
 
@@ -102,12 +102,12 @@ class MixedRows(Dataset):
 
     def sizes(self) -> list[ReadCounts]:
         """What the first epoch reads from each store."""
-        taken = [ReadCounts(0, 0, 0)] * len(self.parts)
+        counts = [ReadCounts(0, 0, 0)] * len(self.parts)
         for store, row in islice(self.order(), len(self)):
-            part, before = self.parts[store], taken[store]
+            part, before = self.parts[store], counts[store]
             tokens = before.tokens + sum(map(len, part.rows[row]))
-            taken[store] = ReadCounts(before.rows + 1, tokens, before.trained + part.trained[row])
-        return taken
+            counts[store] = ReadCounts(before.rows + 1, tokens, before.trained + part.trained[row])
+        return counts
 
     @cached_property
     def _epoch(self) -> int:

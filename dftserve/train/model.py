@@ -83,17 +83,17 @@ def attach(
         anchors_BK: Tensor | None = None,
         continuations_BKSG: Tensor | None = None,
         weights_BKS: Tensor | None = None,
-        **given: Any,
+        **inputs: Any,
     ) -> Any:
         if positions_T is None:
-            return plain(*args, **given)
-        target = TargetRows(**{name: given.pop(name) for name in TARGET_NAMES})
-        layout, text_BN = None, given["input_ids"]
+            return plain(*args, **inputs)
+        target = TargetRows(**{name: inputs.pop(name) for name in TARGET_NAMES})
+        layout, text_BN = None, inputs["input_ids"]
         if anchors_BK is not None and continuations_BKSG is not None:
             *_, samples, length = continuations_BKSG.shape
-            layout = Layout.of(given, anchors_BK, samples=samples, length=length)
-            given = layout.all_inputs(text_BN, continuations_BKSG, language_model.model.dtype)
-        states = language_model.states(**given)
+            layout = Layout.of(inputs, anchors_BK, samples=samples, length=length)
+            inputs = layout.all_inputs(text_BN, continuations_BKSG, language_model.model.dtype)
+        states = language_model.states(**inputs)
         rows, tokens = text_BN.shape
         hidden_BQD = states.hidden_BND.reshape(rows, -1, states.hidden_BND.shape[-1])
         hidden_TD = hidden_BQD[:, :tokens].flatten(0, 1)[positions_T]
@@ -127,12 +127,12 @@ def _check_loss(language_model: LanguageModel) -> None:
     hidden_TD = hidden_BND.reshape(len(text_N), -1)[:-1]
     none = TargetRows.none(labels_T.cpu().numpy())
     target = TargetRows(**{n: getattr(none, n).to(model.device) for n in TARGET_NAMES})
-    found = head_loss(language_model.head, hidden_TD, target, SFT()).loss / len(labels_T)
+    own_loss = head_loss(language_model.head, hidden_TD, target, SFT()).loss / len(labels_T)
     model.train(was_training)
-    if not float((found - expected).abs()) <= SAME_LOSS:
+    if not float((own_loss - expected).abs()) <= SAME_LOSS:
         raise ValueError(
             f"{language_model.family}: the loss of its own logits is {float(expected):.4f} nats a "
-            f"token and that of its chunked head {float(found):.4f}; it cannot be trained here."
+            f"token and that of its chunked head {float(own_loss):.4f}; it cannot be trained here."
         )
 
 
@@ -163,15 +163,15 @@ def _weighted_nll(
 def _output(
     head: Head, hidden_TD: Tensor, target: TargetRows, divergence: Divergence, *, training: bool
 ) -> DFTOutput:
-    found = head_loss(head, hidden_TD, target, divergence)
+    losses = head_loss(head, hidden_TD, target, divergence)
     nll = None
     if not training:
         same = isinstance(divergence, SFT)
-        nll = found.loss if same else head_loss(head, hidden_TD, target, SFT()).loss
+        nll = losses.loss if same else head_loss(head, hidden_TD, target, SFT()).loss
     entropy_T = target.entropy_R if divergence.reads_target else torch.zeros_like(target.entropy_R)
     return DFTOutput(
-        loss=found.loss,
-        model_entropy=found.model_entropy,
+        loss=losses.loss,
+        model_entropy=losses.model_entropy,
         target_entropy=entropy_T.sum(),
         human_nll=nll,
     )

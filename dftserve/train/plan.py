@@ -175,8 +175,11 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     parameters = [value.numel() for value in model.parameters()]
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     steps = steps_of(config, material)
-    taken = material.train.sizes()
-    tokens, trained_tokens = sum(each.tokens for each in taken), sum(each.trained for each in taken)
+    read_counts = material.train.sizes()
+    tokens, trained_tokens = (
+        sum(each.tokens for each in read_counts),
+        sum(each.trained for each in read_counts),
+    )
     epochs = steps / steps_of_epoch(config, material)
     device = _device_of(model)
     whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
@@ -186,7 +189,7 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         trained_parameters=trained,
         documents=sum(each.store.count("train") for each in material.stores),
         rows=len(material.train),
-        stores=_stores(material, taken, epochs),
+        stores=_stores(material, read_counts, epochs),
         precision=_precision(config.precision, device),
         weights=config.weights,
         not_packed_because=prepared.not_packed_because,
@@ -246,11 +249,13 @@ def _one_batch(
     batch = {name: value.to(device) for name, value in material.collate(rows).items()}
     seconds, kept = 0.0, 0
     for _ in range(2):
-        seen: dict[int, int] = {}
+        bytes_by_address: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+        def keep(
+            tensor: torch.Tensor, bytes_by_address: dict[int, int] = bytes_by_address
+        ) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            bytes_by_address[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         _wait(device)
@@ -263,7 +268,7 @@ def _one_batch(
         _wait(device)
         seconds = time.perf_counter() - start
         weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
-        kept = sum(size for address, size in seen.items() if address not in weights)
+        kept = sum(size for address, size in bytes_by_address.items() if address not in weights)
         model.zero_grad()
     return seconds, kept
 
@@ -281,7 +286,7 @@ def _precision(named: str, device: str) -> str:
 
 
 def _stores(
-    material: Material, taken: Sequence[ReadCounts], epochs: float
+    material: Material, read_counts: Sequence[ReadCounts], epochs: float
 ) -> tuple[StorePlan, ...]:
     """The plan of each store: the counts of the first epoch times the number of epochs."""
     return tuple(
@@ -295,7 +300,9 @@ def _stores(
             trained_tokens=round(of_epoch.trained * epochs),
             readings=of_epoch.rows * epochs / len(part),
         )
-        for each, part, of_epoch in zip(material.stores, material.train.parts, taken, strict=True)
+        for each, part, of_epoch in zip(
+            material.stores, material.train.parts, read_counts, strict=True
+        )
     )
 
 

@@ -74,7 +74,9 @@ def prepare(config: TrainConfig) -> Prepared:
     most = _most_checked(config)
     reason = _why_not_packed(loaded.language_model, material, most) if config.packing else None
     if reason is not None:
-        processes.say(f"{loaded.language_model.family}: one document a row, not packed: {reason}.")
+        processes.print_once(
+            f"{loaded.language_model.family}: one document a row, not packed: {reason}."
+        )
         material = material.unpacked(config)
     if not config.steps:  # Steps follow from the number of rows, which is larger without packing.
         check_patience(config, steps_of(config, material))
@@ -83,7 +85,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.feature_matching is not None:
         _check_anchors(config.feature_matching, material)
         continuations.check(loaded.language_model, material.longest)
-    saved = try_save(loaded.language_model.model, material.tokenizer, material.found.name)
+    saved = try_save(loaded.language_model.model, material.tokenizer, material.model_files.name)
     return Prepared(material, cast_frozen_weights(loaded, config), reason, resident, saved)
 
 
@@ -106,7 +108,7 @@ def _most_checked(config: TrainConfig) -> int | None:
     if _checked_on(config) == _device(config) and not (config.fsdp and torch.cuda.is_available()):
         return None
     if (config.packing or config.batch_size > 1) and config.max_length > CHECKED_TOKENS:
-        processes.say(
+        processes.print_once(
             f"{'fsdp' if config.fsdp else 'weights bf16'}: whether documents are kept separate is "
             f"tested on the CPU, with at most {CHECKED_TOKENS} tokens at once; longer rows are "
             f"judged by the configuration only ({CHUNK}, and {ORIGINAL} of longrope)."
@@ -123,13 +125,13 @@ def _why_not_packed(
 
 def load_model(config: TrainConfig, material: Material) -> Loaded:
     """The model in float32 with its divergence attached, and with adapters if the run uses them."""
-    found = material.found
+    files = material.model_files
     model: Any = pretrained.load(
-        found, dtype=torch.float32, device=_checked_on(config), attention=config.attention
+        files, dtype=torch.float32, device=_checked_on(config), attention=config.attention
     )
     embeddings: Any = model.get_input_embeddings().weight
     divergence = config.divergence.build(embeddings, config.seed)
-    language_model = attach(model, divergence, name=found.name, tokens_N=material.text_N)
+    language_model = attach(model, divergence, name=files.name, tokens_N=material.text_N)
     if config.lora is not None:
         model = adapted(language_model, config.lora, checkpointing=config.gradient_checkpointing)
     return Loaded(model, language_model)
@@ -182,12 +184,12 @@ def matching_of(config: TrainConfig, loaded: Loaded, material: Material) -> Feat
         untrained = loaded.model.disable_adapter
     else:
         network: Any = pretrained.load(
-            material.found,
+            material.model_files,
             dtype=torch.float32,
             device=_device(config),
             attention=config.attention,
         )
-        model = lm.LanguageModel(network, material.found.name, material.text_N)
+        model = lm.LanguageModel(network, material.model_files.name, material.text_N)
     rows = (item for item, _ in material.train.items())
     groups = iter(lambda: list(islice(rows, config.batch_size)), [])
     device = model.model.device
@@ -243,7 +245,7 @@ def make_trainer(
 def _arguments(config: TrainConfig, material: Material, *, evaluates: bool) -> TrainingArguments:
     early = config.patience is not None
     # Untyped: transformers annotates `fsdp` as a string, but warns if it gets one.
-    given: dict[str, Any] = {
+    untyped: dict[str, Any] = {
         checkpointing_name(): config.gradient_checkpointing,
         "fsdp": config.fsdp,
     }
@@ -283,7 +285,7 @@ def _arguments(config: TrainConfig, material: Material, *, evaluates: bool) -> T
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=False,
-        **given,
+        **untyped,
     )
     # Several GPUs are used by several processes, never by DataParallel, which would divide the rows
     # of a batch and their targets at different places.

@@ -112,9 +112,9 @@ def together() -> Iterator[None]:
     except BaseException as error:
         # Ctrl-C, or a signal's exit: inform the others and leave without waiting for them.
         if count() > 1:
-            _publish(f"{named()}: {type(error).__name__}")
+            _publish(f"{own_name()}: {type(error).__name__}")
         raise
-    errors = gather(None if own is None else f"{named()}: {own}")
+    errors = gather(None if own is None else f"{own_name()}: {own}")
     if own is not None:
         raise own
     first = next((error for error in errors if error is not None), None)
@@ -122,7 +122,7 @@ def together() -> Iterator[None]:
         raise ValueError(first)
 
 
-def named() -> str:
+def own_name() -> str:
     """The name of this process in messages."""
     return f"process {rank()} on {socket.gethostname()}"
 
@@ -138,7 +138,7 @@ _exchanges = itertools.count()
 """Numbers the exchanges, for separate keys in the store."""
 
 
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     """Print to standard error, in the first process only."""
     if is_first():
         print(line, file=sys.stderr, flush=True)

@@ -18,8 +18,8 @@ from dftserve.train.divergences import (
     SFT,
     Divergence,
     ForwardKL,
+    LogitRows,
     ReverseKL,
-    Rows,
     SkewKL,
     TargetRows,
 )
@@ -69,7 +69,7 @@ class PlainPass:
     def __call__(self, raw_RV: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         wide_RV = raw_RV.to(self.target.token_logprob_R.dtype)
         logits_RV, slope_RV = _scale_and_cap(wide_RV, self.scale, self.cap)
-        rows = Rows.of(logits_RV)
+        rows = LogitRows.of(logits_RV)
         entropy_R = rows.entropy_R
         loss_R, gradient_RV = self.divergence.loss_and_gradient(rows, self.target[part])
         return loss_R, entropy_R, gradient_RV if slope_RV is None else gradient_RV.mul_(slope_RV)

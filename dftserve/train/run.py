@@ -18,9 +18,9 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from dftserve.checkpoint import FINAL
-from dftserve.train import processes, target_weight
+from dftserve.train import final_checkpoint, processes, target_weight
 from dftserve.train.config import AUTO, TrainConfig
-from dftserve.train.finish import finish, whole_model
+from dftserve.train.final_checkpoint import whole_model
 from dftserve.train.prepare import (
     Prepared,
     cast_frozen_weights,
@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Path:
             folder = opened.enter_context(RunFolder(config))
         folder.check_same_run()
         if is_finished:
-            processes.say(finished)
+            processes.print_once(finished)
             return output / FINAL
         return _train(config, folder, output)
 
@@ -71,13 +71,13 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     folder.check_seen()
     material = prepared.material.named_after(folder.store_paths())
     prepared = replace(prepared, material=material)
-    processes.say(material.as_text())
+    processes.print_once(material.as_text())
     resume, tried = folder.resume_state()
     if resume is not None:
-        processes.say(f"Going on from {resume}.")
+        processes.print_once(f"Going on from {resume}.")
     if config.divergence.target_weight == AUTO:
         # Every candidate loads the model again, and memory may be enough for only one model.
-        checked = partial(
+        prepared_with = partial(
             Prepared,
             material=material,
             not_packed_because=prepared.not_packed_because,
@@ -87,12 +87,12 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         del prepared
         config = target_weight.choose(config, material, output, tried)
         set_seed(config.seed)
-        prepared = checked(loaded=cast_frozen_weights(load_model(config, material), config))
+        prepared = prepared_with(loaded=cast_frozen_weights(load_model(config, material), config))
     with processes.together():
         matching = matching_of(config, prepared.loaded, material)
         trainer = make_trainer(config, prepared.loaded.model, material, matching=matching)
     if config.fsdp and not trainer.is_fsdp_enabled:
-        processes.say(
+        processes.print_once(
             "fsdp: accelerate does not shard on CPUs; each process holds the whole model."
         )
     # Evaluate the untrained model before the first step; a resumed run has its metrics already.
@@ -101,7 +101,7 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.agreed is not None:
-        processes.say(f"Stopped, and saved in {output}; {_how_to_resume()}")
+        processes.print_once(f"Stopped, and saved in {output}; {_how_to_resume()}")
         raise SystemExit(128 + stop.agreed)
     return _write_final(trainer, config, prepared, output)
 
@@ -119,7 +119,7 @@ def _write_final(
     if whole is not None:
         with _as_save_error(trainer, output):
             steps = trainer.steps_of_weights
-            finish(output / FINAL, config, whole, steps=steps, metrics=metrics)
+            final_checkpoint.write(output / FINAL, config, whole, steps=steps, metrics=metrics)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
@@ -139,9 +139,11 @@ def _untouched_metrics(trainer: DFTTrainer, metrics: Mapping[str, float]) -> dic
     if not (before and metrics):
         return {}
     after = metrics[f"final_{HUMAN_NLL}"]
-    processes.say(f"Held-out human NLL: {after:.4f} nats a token; {before[0]:.4f} before training.")
+    processes.print_once(
+        f"Held-out human NLL: {after:.4f} nats a token; {before[0]:.4f} before training."
+    )
     if after > before[0]:
-        processes.say(
+        processes.print_once(
             "Warning: the trained model is worse at held-out text than the untrained one. Use a "
             "lower learning_rate, fewer steps (`patience` stops by itself), another target_weight, "
             "or more text."
@@ -151,16 +153,18 @@ def _untouched_metrics(trainer: DFTTrainer, metrics: Mapping[str, float]) -> dic
 
 def _of_each_store(trainer: DFTTrainer, metrics: Mapping[str, float]) -> dict[str, float]:
     """The same for each store, if there are several."""
-    found = {}
+    before_by_store = {}
     untouched = next(line for line in trainer.state.log_history if f"eval_{HUMAN_NLL}" in line)
     for name, after in metrics.items():
         own = name.removeprefix("final_")
         if not own.startswith(f"{HUMAN_NLL}/"):
             continue
         before = untouched[f"eval_{own}"]
-        processes.say(f"  {own.partition('/')[2]}: {after:.4f}; {before:.4f} before training.")
-        found[f"untouched_{own}"] = before
-    return found
+        processes.print_once(
+            f"  {own.partition('/')[2]}: {after:.4f}; {before:.4f} before training."
+        )
+        before_by_store[f"untouched_{own}"] = before
+    return before_by_store
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class RunFolder:
         """
         with processes.together():
             mine = _compared(_settings(self._config))
-        names = processes.gather(processes.named())
+        names = processes.gather(processes.own_name())
         first, *others = processes.gather(mine)
         for name, other in zip(names[1:], others, strict=True):
             _refuse_differing(names[0], first, name, other)
@@ -116,7 +116,7 @@ class RunFolder:
         Raises:
             ValueError: the same in all processes; names the machine.
         """
-        names = processes.gather(processes.named())
+        names = processes.gather(processes.own_name())
         start_id = processes.gather(self._start_id)[0]
         for name, sees in zip(names, processes.gather(self._sees(start_id)), strict=True):
             if not sees:
@@ -152,9 +152,9 @@ class RunFolder:
         """
         path = self._folder / SETTINGS
         with processes.together():
-            found = read_object(path) if processes.is_first() else None
+            written = read_object(path) if processes.is_first() else None
             with shaped_as(path, "what a run writes"):
-                mine = [str(each["path"]) for each in _stores(found)] if found else []
+                mine = [str(each["path"]) for each in _stores(written)] if written else []
         return processes.gather(mine)[0]
 
     def _sees(self, start_id: str) -> bool:
@@ -172,9 +172,9 @@ class RunFolder:
         # Before reading: another process of this run may write the settings meanwhile. A killed
         # process may have left a partial settings file, and the lock.
         is_empty = atomic.has_only(self._folder, {SETTINGS + atomic.PARTIAL, LOCK})
-        found = read_object(self._folder / SETTINGS)
-        if found is not None:
-            _refuse_another(self._folder, found, _settings(self._config))
+        written = read_object(self._folder / SETTINGS)
+        if written is not None:
+            _refuse_another(self._folder, written, _settings(self._config))
             return True
         if not is_empty:
             raise ValueError(f"{self._folder} is neither empty nor a run; choose another output.")
@@ -186,13 +186,13 @@ class RunFolder:
             return
         file = closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
         try:
-            taken = lock.take(file)
+            is_locked = lock.take(file)
         except OSError as error:
             raise ValueError(
                 f"{self._folder} cannot be locked ({error}); accepted: an output on a file system "
                 "with locks."
             ) from None
-        if not taken:
+        if not is_locked:
             raise ValueError(
                 f"{self._folder}: another training writes to it; wait for it, or choose another "
                 "output."
@@ -262,11 +262,11 @@ def targets_digest(store: Path) -> str:
     return digest_of(store / MANIFEST, within=store)
 
 
-def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_another(folder: Path, earlier: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError if the two settings are of different runs; names the difference."""
     was, now = (
         {name: value for name, value in _compared(each).items() if not _is_origin(name)}
-        for each in (_completed(found), wanted)
+        for each in (_completed(earlier), wanted)
     )
     for name in {**now, **was}:
         if was.get(name) != now.get(name):
@@ -274,7 +274,7 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
                 f"{folder} holds a run whose {name} is {was.get(name)!r}, not {now.get(name)!r}; "
                 f"{ELSEWHERE}."
             )
-    before, after = found.get(ORIGIN), wanted[ORIGIN]
+    before, after = earlier.get(ORIGIN), wanted[ORIGIN]
     if not isinstance(before, Mapping) or before.keys() != after.keys():
         raise ValueError(f"{folder / SETTINGS} is not what a run writes; {ELSEWHERE}.")
     if before["processes"] != after["processes"]:
@@ -344,17 +344,17 @@ def _refuse_differing(
         raise ValueError(f"{problem}; accepted: the same in every process of a run.")
 
 
-def _completed(found: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(written: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with defaults for those that did not exist yet when the run was begun."""
     defaults = TrainConfig(**dict.fromkeys(PATHS, ""), lora=LoraConfig())
-    return _laid_over(json.loads(json.dumps(asdict(defaults))), {"lora": None, **found})
+    return _merged(json.loads(json.dumps(asdict(defaults))), {"lora": None, **written})
 
 
-def _laid_over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**defaults, **given}
+def _merged(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **settings}
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(merged[name], dict):
-            merged[name] = _laid_over(value, merged[name])
+            merged[name] = _merged(value, merged[name])
     return merged
 
 

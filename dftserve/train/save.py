@@ -81,14 +81,14 @@ def nll(language_model: lm.LanguageModel, batch: Mapping[str, Tensor]) -> float:
     model, device = language_model.model, language_model.model.device
     was_training = model.training
     model.eval()
-    given = {name: value.to(device) for name, value in model_inputs(batch).items()}
-    hidden_BND = language_model.states(**given).hidden_BND
+    inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
+    hidden_BND = language_model.states(**inputs).hidden_BND
     positions_T = batch["positions_T"].to(device)
     hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[positions_T]
     target = TargetRows(**{name: batch[name].to(device) for name in TARGET_NAMES})
-    found = head_loss(language_model.head, hidden_TD, target, SFT()).loss
+    losses = head_loss(language_model.head, hidden_TD, target, SFT()).loss
     model.train(was_training)
-    return float(found) / len(positions_T)
+    return float(losses) / len(positions_T)
 
 
 def check_reloaded(folder: Path, trained: float, batch: Mapping[str, Tensor]) -> None:

@@ -131,17 +131,17 @@ def _check_splits(stores: Sequence[TargetStore]) -> None:
         for folder, digests in shared.items():
             if not digests:
                 continue
-            found = (
+            problem = (
                 f"targets: {trained.folder} trains on {len(digests):,} of the documents that "
                 f"{folder} holds out"
             )
             if len(digests) <= MOST_SHARED * len(held_out[folder]):
-                processes.say(f"{found}; metrics on held-out text include them.")
+                processes.print_once(f"{problem}; metrics on held-out text include them.")
                 continue
             raise ValueError(
-                f"{found}; accepted: stores that hold out the same texts. Build both with the same "
-                "corpus, --heldout and --seed, or one with the texts that the other holds out as "
-                "--heldout-from."
+                f"{problem}; accepted: stores that hold out the same texts. Build both with the "
+                "same corpus, --heldout and --seed, or one with the texts that the other holds out "
+                "as --heldout-from."
             )
 
 

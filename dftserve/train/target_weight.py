@@ -47,7 +47,7 @@ def choose(
         if name in tried:
             continue
         gc.collect()  # A model has reference cycles, so the previous one is not freed by itself.
-        processes.say(f"Trying target_weight {name}, steps: {steps}")
+        processes.print_once(f"Trying target_weight {name}, steps: {steps}")
         tried[name] = _probe(_with_weight(config, weight), material, steps)
         if processes.is_first():
             atomic.write_text(path, json.dumps(tried, indent=2) + "\n")
@@ -66,28 +66,30 @@ def _probe(config: TrainConfig, material: Material, steps: int) -> dict[str, Any
     trainer.args.save_strategy = "no"
     trainer.train()
     nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
-    found = {HUMAN_NLL: nll, "batches": trainer.batch_nll}
+    result = {HUMAN_NLL: nll, "batches": trainer.batch_nll}
     if len(material.stores) > 1:
-        found["stores"] = trainer.batches_of_stores
-    return found
+        result["stores"] = trainer.batches_of_stores
+    return result
 
 
 def _best(path: Path, results: Mapping[str, Any]) -> str:
     """The candidate with the lowest NLL. Prints all of them, and a warning if others are not
     significantly different."""
     with shaped_as(path, "likelihoods for each weight"):
-        found = {name: float(result[HUMAN_NLL]) for name, result in results.items()}
+        nll_by_weight = {name: float(result[HUMAN_NLL]) for name, result in results.items()}
         batches = _batches_by_candidate(
             path, {name: result["batches"] for name, result in results.items()}
         )
         counts = [int(count) for count in next(iter(results.values())).get("stores", ())]
-    best = min(found, key=lambda name: found[name])
-    processes.say(candidates_text(found, best))
+    best = min(nll_by_weight, key=lambda name: nll_by_weight[name])
+    processes.print_once(candidates_text(nll_by_weight, best))
     indistinct = [
-        name for name in found if name != best and not differs(batches[best], batches[name], counts)
+        name
+        for name in nll_by_weight
+        if name != best and not differs(batches[best], batches[name], counts)
     ]
     if indistinct:
-        processes.say(
+        processes.print_once(
             "Warning: on this held-out text the best one is not significantly different from "
             f"{', '.join(indistinct)} (two standard errors over its batches). Use more steps, more "
             "divergence.probe_steps or more held-out text, or choose target_weight yourself."

@@ -68,7 +68,7 @@ class DFTTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, keep: int, matching: FeatureMatching | None = None, **given: Any
+        self, *args: Any, keep: int, matching: FeatureMatching | None = None, **kwargs: Any
     ) -> None:
         """
         Args:
@@ -76,7 +76,7 @@ class DFTTrainer(Trainer):
                 passed as `save_total_limit`, because with 1 the Trainer would keep the best one
                 alone when it ends, which it does on a signal too.
         """
-        super().__init__(*args, **given)
+        super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True
         self._keep = keep
         self._matching = matching
@@ -124,17 +124,17 @@ class DFTTrainer(Trainer):
         loss = total * (processes / tokens)
         if torch.is_grad_enabled():
             # Summed on the device: reading their values would synchronise a GPU at every step.
-            seen: list[Any] = [output.loss, output.model_entropy, output.target_entropy]
+            values: list[Any] = [output.loss, output.model_entropy, output.target_entropy]
             if matched is not None:
-                seen.append(matched.distance)
-            self._seen[0, : len(seen)] += torch.stack([each.detach().double() for each in seen])
-            self._seen[1, : len(seen)] += len(inputs["positions_T"])
+                values.append(matched.distance)
+            self._seen[0, : len(values)] += torch.stack([each.detach().double() for each in values])
+            self._seen[1, : len(values)] += len(inputs["positions_T"])
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            seen = zip(SEEN, *self._seen.tolist(), strict=True)
-            means = {name: total / max(count, 1.0) for name, total, count in seen}
+            sums = zip(SEEN, *self._seen.tolist(), strict=True)
+            means = {name: total / max(count, 1.0) for name, total, count in sums}
             self._seen.zero_()
             if self._matching is None:
                 del means[FEATURE_DISTANCE]
@@ -183,10 +183,10 @@ class DFTTrainer(Trainer):
 
     # ── Resuming ─────────────────────────────────────────────────────────────────────────────────
 
-    def _run_epoch(self, *args: Any, **given: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing if the resumed run had already ended: the Trainer would take one more step."""
         self._update_best_path()
-        _set_epoch(given["train_dataloader"], given["epoch"])
+        _set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         out_of_patience = any(
             isinstance(each, EarlyStoppingCallback)
             and each.early_stopping_patience_counter >= each.early_stopping_patience
@@ -198,7 +198,7 @@ class DFTTrainer(Trainer):
                 # The last save may have been killed before it rotated, and no other save follows.
                 self._rotate(Path(str(self.args.output_dir)))
         else:
-            super()._run_epoch(*args, **given)
+            super()._run_epoch(*args, **kwargs)
 
     # ── Held-out text ────────────────────────────────────────────────────────────────────────────
 
@@ -329,10 +329,10 @@ class DFTTrainer(Trainer):
     def _rotate(self, run: Path) -> None:
         """Keep the newest checkpoints, and the best. Others are renamed before they are deleted, so
         that a checkpoint under its own name is always complete."""
-        found = [path for _, path in sorted(_checkpoints(run).items())]
+        checkpoints = [path for _, path in sorted(_checkpoints(run).items())]
         best = self.state.best_model_checkpoint
-        spare = [path for path in found[:-1] if str(path) != best]
-        for path in spare[: max(len(found) - self._keep, 0)]:
+        spare = [path for path in checkpoints[:-1] if str(path) != best]
+        for path in spare[: max(len(checkpoints) - self._keep, 0)]:
             doomed = path.with_name(path.name + atomic.PARTIAL)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -379,10 +379,10 @@ def last_checkpoint(run: Path) -> Path | None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-    found = _checkpoints(run)
-    if not found:
+    checkpoints = _checkpoints(run)
+    if not checkpoints:
         return None
-    *older, newest = (found[step] for step in sorted(found))
+    *older, newest = (checkpoints[step] for step in sorted(checkpoints))
     try:
         checkpoint.verify(newest)
     except CheckpointError as error:
@@ -442,14 +442,14 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, former)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             # On the CPU, because reading a flag from a GPU would wait for its step to finish.
             self._group = distributed.new_group(backend="gloo")
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         received = torch.tensor(self._received)
         if self._group is not None:

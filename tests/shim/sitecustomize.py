@@ -87,7 +87,7 @@ def _install():
         when_imported("triton.runtime.interpreter", _cast_masks_to_boolean)
         when_imported("vllm.v1.sample.ops.topk_topp_sampler", _disable_the_triton_sampler)
     if "TEST_FAULT_FILE" in os.environ:
-        when_imported("dftserve_vllm.request_stats", _inject_faults)
+        when_imported("dftserve_vllm.worker_state", _inject_faults)
 
 
 _install()

@@ -31,10 +31,10 @@ from dftserve.targets.source import DenseSource
 from dftserve.targets.store import TargetStore
 from dftserve.targets.teacher import Teacher
 from dftserve.train.config import TrainConfig
-from dftserve.train.divergences import SFT, ForwardKL, Rows, TargetRows
-from dftserve.train.finish import checkpoint_info
+from dftserve.train.divergences import SFT, ForwardKL, LogitRows, TargetRows
+from dftserve.train.entropy_profile import EntropyProfile
+from dftserve.train.final_checkpoint import checkpoint_info
 from dftserve.train.material import read
-from dftserve.train.profile import Profile
 from tests.training import Noise, documents, save_model, save_store, save_texts, small_model
 
 V = 12
@@ -139,7 +139,7 @@ def test_training_on_a_refused_mixture_is_plain_fine_tuning(true_model, weight):
     rows = TargetRows.of(TRAIN[0].labels_T, targets)
     logits_TV = torch.randn(59, V, generator=torch.Generator().manual_seed(0)).double()
     for divergence in (ForwardKL(weight=weight), SFT()):
-        loss_T, gradient_TV = divergence.loss_and_gradient(Rows.of(logits_TV.clone()), rows)
+        loss_T, gradient_TV = divergence.loss_and_gradient(LogitRows.of(logits_TV.clone()), rows)
         expected_T = torch.nn.functional.cross_entropy(logits_TV, rows.labels_R, reduction="none")
         torch.testing.assert_close(loss_T, expected_T)
         expected_TV = logits_TV.softmax(1) - torch.nn.functional.one_hot(rows.labels_R, V)
@@ -149,7 +149,7 @@ def test_training_on_a_refused_mixture_is_plain_fine_tuning(true_model, weight):
 def test_a_refused_mixture_does_not_enter_the_dft_json_of_a_checkpoint(true_model, better_source):
     """Its rows of held-out text are those of the mixture, and not what was trained on."""
     config = TrainConfig(model="m", targets="t", output="o")
-    seen = Profile(np.full(9, 2.0), np.full(9, 1.0), {0.1: 1.5, 0.2: 2.0, 0.3: 2.5})
+    seen = EntropyProfile(np.full(9, 2.0), np.full(9, 1.0), {0.1: 1.5, 0.2: 2.0, 0.3: 2.5})
     refused, passed = true_model[1].describe(), better_source[1].describe()
     for source in (refused, {"kind": "mix", "sources": [refused, passed]}):
         info = checkpoint_info(config, seen, source)

@@ -144,7 +144,7 @@ def test_the_sampled_tail_is_unbiased():
     many = stored(logprobs_1V.expand(draws, -1), label_1.expand(draws), k=k, draws=3, seed=9)
     logits_1V = torch.randn(1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     _, gradient_RV = d.ForwardKL(weight=0.8).loss_and_gradient(
-        d.Rows.of(logits_1V.repeat(draws, 1)), many
+        d.LogitRows.of(logits_1V.repeat(draws, 1)), many
     )
     p_V = logprobs_1V[0].exp()
     in_top_V = torch.zeros(V, dtype=torch.bool).index_fill(0, p_V.topk(k).indices, value=True)
@@ -179,8 +179,8 @@ def test_an_empty_tail_needs_no_draws(divergence):
     logits_RV = torch.randn(R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     drawn, without = (stored(*dense, k=V, draws=draws) for draws in (6, 0))
     for ours, theirs in zip(
-        divergence.loss_and_gradient(d.Rows.of(logits_RV.clone()), without),
-        divergence.loss_and_gradient(d.Rows.of(logits_RV.clone()), drawn),
+        divergence.loss_and_gradient(d.LogitRows.of(logits_RV.clone()), without),
+        divergence.loss_and_gradient(d.LogitRows.of(logits_RV.clone()), drawn),
         strict=True,
     ):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
@@ -211,8 +211,8 @@ def test_forward_kl_of_weight_zero_is_sft(seed):
     logits_RV = torch.randn(
         R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    ours = d.ForwardKL(weight=0.0).loss_and_gradient(d.Rows.of(logits_RV.clone()), target)
-    sft = d.SFT().loss_and_gradient(d.Rows.of(logits_RV.clone()), target)
+    ours = d.ForwardKL(weight=0.0).loss_and_gradient(d.LogitRows.of(logits_RV.clone()), target)
+    sft = d.SFT().loss_and_gradient(d.LogitRows.of(logits_RV.clone()), target)
     assert torch.equal(ours[0], sft[0])
     assert torch.equal(ours[1], sft[1])
 
@@ -224,7 +224,7 @@ def test_every_divergence_is_zero_where_the_model_is_the_target(weight):
     q_RV = weight * logprobs_RV.exp()
     q_RV[torch.arange(R), labels_R] += 1 - weight
     for divergence in every_divergence(weight)[:5]:
-        loss_R, gradient_RV = divergence.loss_and_gradient(d.Rows.of(q_RV.log()), target)
+        loss_R, gradient_RV = divergence.loss_and_gradient(d.LogitRows.of(q_RV.log()), target)
         assert float(loss_R.abs().max()) < 1e-5, divergence
         if not isinstance(divergence, d.SlicedW1):  # |x| has no unique slope at 0.
             assert float(gradient_RV.abs().max()) < 1e-5, divergence

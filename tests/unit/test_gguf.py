@@ -234,7 +234,7 @@ def test_evaluate_accepts_a_gguf(file, tmp_path, monkeypatch, command):
 
     monkeypatch.setattr(run, "evaluate", stopped)
     monkeypatch.setattr(benchmark, "run", stopped)
-    monkeypatch.setattr(perplexity, "surprise", stopped)
+    monkeypatch.setattr(perplexity, "likelihood_report", stopped)
     folder = str(tmp_path)
     options = {
         "run": ("--prompts", folder, "--anchors", folder, "--out", folder),

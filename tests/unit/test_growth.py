@@ -126,7 +126,7 @@ class Worker:
 
     @property
     def faults(self) -> int:
-        return self._processor.stats.faults
+        return self._processor.state.faults
 
 
 def test_a_worker_and_its_engine_core_do_not_grow(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dftserve.targets.sparse import sparsify
-from dftserve.train.divergences import ForwardKL, Rows, TargetRows
+from dftserve.train.divergences import ForwardKL, LogitRows, TargetRows
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_renormalised_top_k_is_biased_and_the_sampled_tail_is_not(bench, texts):
 
     def gradient_at_truth(targets) -> torch.Tensor:
         rows = TargetRows.of(labels_R.numpy(), targets)
-        return ForwardKL(weight=1.0).loss_and_gradient(Rows.of(p_RV.log()), rows)[1]
+        return ForwardKL(weight=1.0).loss_and_gradient(LogitRows.of(p_RV.log()), rows)[1]
 
     assert gradient_at_truth(sampled).abs().max() < 0.0125
     mass_R = p_RV.topk(2, dim=1).values.sum(dim=1)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dftserve.evaluate.metrics.likelihood import token_nats
 from dftserve.lm import LanguageModel
-from dftserve.pretrained import Examined, _warn_float32, dtype_for, examine, load
+from dftserve.pretrained import ModelFiles, _warn_float32, dtype_for, examine, load
 from dftserve.targets.run import Job, build
 from dftserve.train.config import TrainConfig
 from dftserve.train.plan import plan_of
@@ -201,7 +201,7 @@ BOUNDED = {
 def test_limits_of_positions_under_other_names_are_respected(kind, tmp_path):
     config = transformers.AutoConfig.for_model(kind, **BOUNDED[kind])
     with pytest.raises(ValueError, match="accepted: max_length of at most 64"):
-        Examined(tmp_path, "m", config).check_length(65, "max_length")
+        ModelFiles(tmp_path, "m", config).check_length(65, "max_length")
 
 
 def test_limits_of_positions_that_no_configuration_names_are_found_before_the_first_step():

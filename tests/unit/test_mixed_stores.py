@@ -35,7 +35,7 @@ from dftserve.train import config as configs
 from dftserve.train.config import DivergenceConfig, StoreConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, cut_documents, merge_targets, one_per_row, pack
 from dftserve.train.divergences import JSD, ForwardKL, ReverseKL, SkewKL, TargetRows
-from dftserve.train.finish import profile
+from dftserve.train.final_checkpoint import measure_profile
 from dftserve.train.material import read, steps_of
 from dftserve.train.mixed import MixedRows, MixedSampler, mixed_order, whole_shares
 from dftserve.train.plan import plan_of
@@ -298,7 +298,7 @@ def test_targets_of_different_widths_have_the_same_losses_together_as_alone(dive
 
     def losses(logits_RV: torch.Tensor, each: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         target = TargetRows.of(np.zeros(len(each), np.int64), each)
-        from dftserve.train.divergences import Rows as LogitRows
+        from dftserve.train.divergences import LogitRows
 
         expected_R = divergence.reference(logits_RV, target)
         loss_R, gradient_RV = divergence.loss_and_gradient(LogitRows.of(logits_RV), target)
@@ -420,9 +420,9 @@ def test_the_profile_weights_all_stores_and_is_not_limited_by_the_smallest(run, 
     config = replace(run, targets=mixed(tmp_path, few=0.9, many=0.1))
     prepared = prepare(config)
     language_model = prepared.loaded.language_model
-    combined = profile(language_model, config, prepared.material)
+    combined = measure_profile(language_model, config, prepared.material)
     alone = [
-        profile(language_model, each, read(each))
+        measure_profile(language_model, each, read(each))
         for each in (replace(run, targets=str(tmp_path / name)) for name in ("few", "many"))
     ]
     assert len(combined.target_T) == sum(len(each.target_T) for each in alone)

@@ -63,7 +63,7 @@ class Serving(BaseServing):
 
 def adapter_of(request, names=SERVED):
     """The name of the adapter that vLLM would use."""
-    hooked = request_params.take_adapter(BaseServing._maybe_get_adapters)
+    hooked = request_params.select_adapter(BaseServing._maybe_get_adapters)
     adapter = hooked(Serving(*names), request)
     return None if adapter is None else adapter.lora_name
 
@@ -335,9 +335,9 @@ def test_a_clamped_strength_is_reported(monkeypatch):
 
 def test_the_audit_log_has_the_adapters_style(monkeypatch):
     request = make_request("tales")
-    assert audit._asked(request) == {"style": "unknown"}
+    assert audit._requested_fields(request) == {"style": "unknown"}
     adapter_of(request)
-    assert audit._asked(request) == {"style": {"name": "tales"}}
+    assert audit._requested_fields(request) == {"style": {"name": "tales"}}
 
 
 def test_capabilities_list_the_adapters_that_a_style_may_name(monkeypatch):

@@ -106,7 +106,7 @@ class V1Batch:
         rows = range(len(self.outputs)) if rows is None else rows
         logits_RV = torch.from_numpy(np.stack([logits_of(step, row) / T for row in rows]))
         self.processor.apply(logits_RV)
-        assert self.processor.stats.faults == 0
+        assert self.processor.state.faults == 0
         for output, row_V in zip(self.outputs, logits_RV, strict=True):
             output.append(token_of(row_V))
 
@@ -197,7 +197,7 @@ def v2_step(processor, slots, first, rows_per_request=1, rows=None):
     rows = rows or [logits_of(first - 1 + offset) for offset in offsets]
     logits_RV = torch.from_numpy(np.stack(rows))
     processor.apply(logits_RV, context)
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     return [token_of(row_V) for row_V in logits_RV]
 
 
@@ -237,7 +237,7 @@ def test_nothing_is_drawn_if_no_row_belongs_to_a_group(monkeypatch, runner):
         processor.add_request(0, request)
         processor.apply_staged_writes()
         run = lambda: v2_step(processor, [0], 1, 3)  # noqa: E731
-    monkeypatch.setattr(processor.stats._codes, "draw", None)
+    monkeypatch.setattr(processor.state._codes, "draw", None)
     run()
 
 

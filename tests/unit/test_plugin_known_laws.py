@@ -50,7 +50,7 @@ def v1_exclusions(*requests):
         excluded.append((logits_RV[:, 0] == -torch.inf).tolist())
         for output in outputs:
             output.append(2)
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     return [list(each) for each in zip(*excluded, strict=True)]
 
 
@@ -75,7 +75,7 @@ def v2_exclusions(request, *, drafts):
         logits_RV = ROW.repeat(1 + drafts, 1)
         processor.apply(logits_RV, context)
         excluded += (logits_RV[:, 0] == -torch.inf).tolist()
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     return excluded
 
 

@@ -88,8 +88,8 @@ def test_v1_depends_on_the_answer_so_far_also_after_a_preemption():
             arrived_V = logits_RV[r].double().numpy() * 0.9
             check(after_RV[r], expected_row(arrived_V, answers[r], last), divisor=0.9)
             answers[r].append(following[r])
-    assert processor.stats.faults == 0
-    assert processor.stats.slots.read(processor._slots[0]).sums_F[COUNT] == 3
+    assert processor.state.faults == 0
+    assert processor.state.slots.read(processor._slots[0]).sums_F[COUNT] == 3
 
 
 def v2_processor(drafts=0):
@@ -128,7 +128,7 @@ def test_v2_reads_committed_tokens_by_slot_and_drafts_from_the_inputs():
     logits_RV = torch.randn(5, V)
     after_RV = logits_RV.clone()
     processor.apply(after_RV, context)
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     texts = [[4, 2, 3], [4, 2, 3, 0], [4, 2, 3, 0, 1]]
     for r, text in enumerate(texts):
         check(after_RV[r], expected_row(logits_RV[r].numpy(), text, text[-1]))
@@ -159,11 +159,11 @@ def test_the_style_stage_does_not_run_if_no_row_has_a_style(monkeypatch, runner)
                 input_ids=zero,
             ),
         )
-    monkeypatch.setattr(processor.stats, "_style_stage", None)
+    monkeypatch.setattr(processor.state, "_style_stage", None)
     logits_RV = torch.randn(1, V)
     after_RV = logits_RV.clone()
     processor.apply(after_RV, *context)
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     assert not torch.equal(after_RV, logits_RV)
 
 

@@ -58,7 +58,7 @@ def test_v1_runs_operations_for_a_request_with_the_field():
     with Count() as count:
         processor.apply(torch.randn(1, V))
     assert count.operations > 0
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_v2_reports_which_requests_it_changes_and_runs_nothing_for_the_others(v2
         assert v2.add_request(0, UNAFFECTED[3]) is False
         assert v2.apply(logits_RV, context) is logits_RV
     assert count.operations == 0
-    assert v2.stats.faults == 0
+    assert v2.state.faults == 0
 
 
 def test_an_engine_keeps_one_backend_for_all_its_steps(monkeypatch):
@@ -95,10 +95,10 @@ def test_an_engine_keeps_one_backend_for_all_its_steps(monkeypatch):
         backends.append(backend)
         return backend.step(logits_XV, step, slots)
 
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", record)
+    monkeypatch.setattr("dftserve_vllm.worker_state.transform_step", record)
     for processor in processors:
         processor.update_state(v1_update([SamplingParams(extra_args={"diversity": 0.5})]))
         for _ in range(3):
             processor.apply(torch.randn(1, V))
-        assert processor.stats.faults == 0
+        assert processor.state.faults == 0
     assert [backends.count(backend) for backend in (backends[0], backends[-1])] == [3, 3]

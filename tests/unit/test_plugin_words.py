@@ -60,7 +60,7 @@ def test_v1_reads_the_last_token_of_the_prompt_and_then_of_the_output():
         assert not torch.equal(after_RV, expected(logits_RV, other, logits_divisor=0.9))
         for output, token in zip(outputs, {3: [9, 1], 9: [11, 2]}.get(last[0], []), strict=False):
             output.append(token)
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
 
 
 def test_v1_treats_a_prompt_of_embeddings_as_ending_outside_a_word():
@@ -98,7 +98,7 @@ def test_v2_reads_each_rows_input_token_including_drafts():
     logits_RV = torch.randn(4, V)
     after_RV = logits_RV.clone()
     processor.apply(after_RV, context)
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     assert torch.equal(after_RV, expected(logits_RV, [3, 4, 5, 7]))
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from dftserve_vllm import processor, step_report, worker
-from dftserve_vllm.request_stats import RequestStats
 from dftserve_vllm.step_report import PendingReport
+from dftserve_vllm.worker_state import WorkerState
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from dftserve.sampling.host_copy import HostCopy
@@ -30,8 +30,8 @@ class Awaited(AsyncModelRunnerOutput):
         return "of a connector"
 
 
-class Stats(RequestStats):
-    """The statistics of a step with one fault and nothing else to report."""
+class Reporting(WorkerState):
+    """The state after a step with one fault and nothing else to report."""
 
     def __init__(self):
         self.faults = 1
@@ -43,29 +43,29 @@ class Stats(RequestStats):
 
 
 @pytest.fixture
-def stats(monkeypatch) -> RequestStats:
-    made = Stats()
-    monkeypatch.setattr(processor, "stats_of", lambda _: made)
+def state(monkeypatch) -> WorkerState:
+    made = Reporting()
+    monkeypatch.setattr(processor, "state_of", lambda _: made)
     return made
 
 
-def test_an_asynchronous_output_carries_the_report(stats):
+def test_an_asynchronous_output_carries_the_report(state):
     ready = SimpleNamespace()
     output = worker.with_report(None, Awaited(ready))
     assert output.get_output() is ready
     assert getattr(ready, step_report.ATTRIBUTE).faults == 1
-    assert stats.faults == 1
+    assert state.faults == 1
 
 
-def test_an_output_behaves_as_vllms_own_in_all_else(stats):
+def test_an_output_behaves_as_vllms_own_in_all_else(state):
     output = worker.with_report(None, Awaited(RuntimeError("the step failed")))
     with pytest.raises(RuntimeError, match="the step failed"):
         output.get_output()
     assert output.get_kv_connector_output() == "of a connector"
-    assert stats.faults == 1
+    assert state.faults == 1
 
 
-def test_an_output_is_freed_as_soon_as_it_was_read(stats):
+def test_an_output_is_freed_as_soon_as_it_was_read(state):
     """It holds device tensors, which must not wait for the garbage collector."""
     output = worker.with_report(None, Awaited(SimpleNamespace()))
     output.get_output()

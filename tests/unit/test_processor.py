@@ -75,7 +75,7 @@ def test_without_the_field_no_tensor_is_touched():
     processor.update_state(BatchUpdate(2, removed=[2], added=[], moved=[]))
     logits = object()
     assert processor.apply(logits) is logits
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
 
 
 def test_missing_arguments_are_an_error():
@@ -135,7 +135,7 @@ def test_a_request_keeps_its_row_when_the_batch_moves():
     one_way = [(2, 0, MoveDirectionality.UNIDIRECTIONAL)]
     processor.update_state(BatchUpdate(2, removed=[], added=[], moved=one_way))
     changed([True, False, False])
-    report = processor.stats.take_report().resolve()
+    report = processor.state.take_report().resolve()
     assert report.positions.tolist() == [0]
     assert counted(report, 0, produced=1) == 1
 
@@ -150,10 +150,10 @@ def test_a_step_reports_its_requests_once():
     for token in range(5):
         processor.apply(torch.randn(1, V))
         output.append(token)
-    report = processor.stats.take_report().resolve()
+    report = processor.state.take_report().resolve()
     assert report.positions.tolist() == [0]
     assert counted(report, 0, produced=5) == 5
-    assert processor.stats.take_report() is None
+    assert processor.state.take_report() is None
 
 
 def test_a_preempted_request_keeps_its_statistics():
@@ -167,7 +167,7 @@ def test_a_preempted_request_keeps_its_statistics():
     back = BatchUpdate(1, removed=[], added=[(0, params(0.5, "a"), [1], output)], moved=[])
     processor.update_state(back)
     processor.apply(torch.randn(1, V))
-    assert counted(processor.stats.take_report().resolve(), 0, produced=6) == 6
+    assert counted(processor.state.take_report().resolve(), 0, produced=6) == 6
 
 
 def test_a_fault_leaves_the_rows_unchanged_and_is_counted(monkeypatch):
@@ -176,11 +176,11 @@ def test_a_fault_leaves_the_rows_unchanged_and_is_counted(monkeypatch):
     def failing(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", failing)
+    monkeypatch.setattr("dftserve_vllm.worker_state.transform_step", failing)
     logits_RV = torch.randn(1, V)
     before_RV = logits_RV.clone()
     assert torch.equal(processor.apply(logits_RV), before_RV)
-    assert processor.stats.faults == 1
+    assert processor.state.faults == 1
 
 
 def raise_fault(*_, **__):
@@ -189,14 +189,14 @@ def raise_fault(*_, **__):
 
 def test_a_fault_while_adding_a_request_affects_its_rows_only(monkeypatch):
     processor = v1_with((params(0.5, "a"), []), (params(0.5, "b"), []))
-    monkeypatch.setattr("dftserve_vllm.v1.active", raise_fault)
+    monkeypatch.setattr("dftserve_vllm.v1.active_request", raise_fault)
     added = [(2, params(0.5, "c"), [1], [])]
     processor.update_state(BatchUpdate(3, removed=[], added=added, moved=[]))
     logits_RV = torch.randn(3, V) * 3
     after_RV = logits_RV.clone()
     processor.apply(after_RV)
     assert [torch.equal(after_RV[i], logits_RV[i]) for i in range(3)] == [False, False, True]
-    assert processor.stats.take_report().resolve().faults == 1
+    assert processor.state.take_report().resolve().faults == 1
 
 
 @pytest.mark.parametrize("method", ["open", "close"])
@@ -204,7 +204,7 @@ def test_a_fault_in_the_slots_does_not_leak_a_slot(monkeypatch, method):
     """Four slots; every addition or removal of a request has a fault."""
     processor = v1_with()
     for _ in range(3):
-        monkeypatch.setattr(processor.stats, method, raise_fault)
+        monkeypatch.setattr(processor.state, method, raise_fault)
         added = [(i, params(0.5, str(i)), [1], []) for i in range(4)]
         processor.update_state(BatchUpdate(4, removed=[], added=added, moved=[]))
         processor.update_state(BatchUpdate(0, removed=range(4), added=[], moved=[]))
@@ -215,7 +215,7 @@ def test_a_fault_in_the_slots_does_not_leak_a_slot(monkeypatch, method):
     after_RV = logits_RV.clone()
     processor.apply(after_RV)
     assert not any(torch.equal(after_RV[i], logits_RV[i]) for i in range(4))
-    assert processor.stats.faults == 12
+    assert processor.state.faults == 12
 
 
 def test_a_malformed_update_leaves_every_row_unchanged(monkeypatch):
@@ -223,22 +223,22 @@ def test_a_malformed_update_leaves_every_row_unchanged(monkeypatch):
     processor.update_state(BatchUpdate(3, removed=[], added=[("one of three",)], moved=[]))
     untouched = object()
     assert processor.apply(untouched) is untouched
-    assert processor.stats.faults == 1
+    assert processor.state.faults == 1
 
 
 @pytest.mark.parametrize("method", ["arrays", "snapshot"])
 def test_a_fault_in_the_statistics_does_not_fail_a_step(monkeypatch, method):
     processor = v1_with((params(0.5, "a"), []))
-    monkeypatch.setattr(processor.stats.slots, method, raise_fault)
+    monkeypatch.setattr(processor.state.slots, method, raise_fault)
     logits_RV = torch.randn(1, V)
     assert processor.apply(logits_RV) is logits_RV
-    assert processor.stats.faults == 1
+    assert processor.state.faults == 1
 
 
 def test_nan_rows_are_counted():
     processor = v1_with((params(0.5, "a"), []))
     processor.apply(torch.full((1, V), float("nan")))
-    assert processor.stats.take_report().resolve().nan_rows == 1
+    assert processor.state.take_report().resolve().nan_rows == 1
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_v2_changes_only_the_rows_of_requests_with_the_field(v2):
     assert not v2.add_request(3, SamplingParams())
     v2.apply_staged_writes()
     assert is_changed_by(v2, [3, 0, 1]) == [False, False, True]
-    assert v2.stats.faults == 0
+    assert v2.state.faults == 0
 
 
 def test_v2_does_not_change_rows_whose_controls_were_not_copied_to_the_device(v2, monkeypatch):
@@ -287,7 +287,7 @@ def test_v2_does_not_change_rows_whose_controls_were_not_copied_to_the_device(v2
     v2.apply_staged_writes()
     monkeypatch.undo()
     assert is_changed_by(v2, [1, 2]) == [True, False]
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
 
 
 def test_v2_changes_nothing_while_the_controls_on_the_device_are_outdated(v2, monkeypatch):
@@ -298,7 +298,7 @@ def test_v2_changes_nothing_while_the_controls_on_the_device_are_outdated(v2, mo
     assert not v2.add_request(2, SamplingParams())
     monkeypatch.setattr(PinnedStaging, "to_device", raise_fault)
     assert is_changed_by(v2, [1, 2]) == [False, False]
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
     monkeypatch.undo()
     assert is_changed_by(v2, [1, 2]) == [True, False]
 

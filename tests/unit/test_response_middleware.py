@@ -127,7 +127,7 @@ def test_tasks_and_streams_of_a_request_have_its_context():
 
     async def app(scope, receive, send):
         async def record() -> None:
-            contexts.append(request_context.opened())
+            contexts.append(request_context.http_request_name())
 
         async def body():
             await asyncio.create_task(record())
@@ -141,4 +141,4 @@ def test_tasks_and_streams_of_a_request_have_its_context():
         messages_of(ResponseMiddleware(app))
     assert contexts[0] == contexts[1] != contexts[2] == contexts[3]
     assert None not in contexts
-    assert request_context.opened() is None
+    assert request_context.http_request_name() is None

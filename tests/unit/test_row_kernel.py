@@ -65,7 +65,7 @@ def test_loss_and_gradients_match_fp64(monkeypatch, divergence, scale, cap, voca
     """For hidden states, head and bias, over several chunks: within 1e-5 of the norm, plus the
     float32 error of numbers around 1 that cancel."""
     monkeypatch.setattr(row_pass, "has_kernel", lambda device: True)
-    monkeypatch.setattr(d.Rows, "of", None)  # The plain-torch path calls it.
+    monkeypatch.setattr(d.LogitRows, "of", None)  # The plain-torch path calls it.
     monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 2 * vocabulary)
     target = target_of(vocabulary, is_sparse=is_sparse)
     leaves, make_head = head_of(vocabulary, scale, cap)

@@ -36,7 +36,7 @@ def step(active, ends, always, *, faults=0, nan_rows=0, clients=1, params=None):
     """One step of SLOTS requests "0", "1", …, request i at batch position i, in slot SLOTS-1-i."""
     pending = PendingReport(
         positions=np.array(active, dtype=np.int64),
-        always=np.array([i in always for i in active], dtype=bool),
+        reports_each_step=np.array([i in always for i in active], dtype=bool),
         slots=np.array([SLOTS - 1 - i for i in active], dtype=np.int64),
         snapshot=snapshot(nan_rows),
         faults=faults,

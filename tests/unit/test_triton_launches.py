@@ -205,7 +205,7 @@ def engine(gpu, monkeypatch):
     def triton_backend(device, token_classes):
         return TritonBackend(device, token_classes=token_classes)
 
-    monkeypatch.setattr("dftserve_vllm.request_stats.get_backend", triton_backend)
+    monkeypatch.setattr("dftserve_vllm.worker_state.get_backend", triton_backend)
     monkeypatch.setattr("dftserve_vllm.vocabulary.token_classes", lambda config: CLASSES)
     scheduler = SimpleNamespace(max_num_seqs=8)
     drafts = SimpleNamespace(num_speculative_tokens=2)
@@ -226,7 +226,7 @@ def third_step(gpu, processor, step):
     gpu.launches.clear()
     with TorchOperations() as operations:
         step()
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     return [name for name, _ in gpu.launches], operations.done
 
 
@@ -246,7 +246,7 @@ def test_a_step_of_the_v1_runner_is_three_launches(gpu, engine, others):
             output.append(9)
 
     assert third_step(gpu, processor, step) == (STEP, [])
-    assert processor.stats.take_report() is not None
+    assert processor.state.take_report() is not None
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -271,7 +271,7 @@ def test_a_step_of_the_v2_runner_is_three_launches(gpu, engine, others):
         input_ids=torch.tensor([3, 4, 5, 7, 1, 1, 1][: len(slots)], dtype=torch.int32),
     )
     assert third_step(gpu, processor, lambda: processor.apply(logits_XV, context)) == (STEP, [])
-    assert processor.stats.take_report() is not None
+    assert processor.state.take_report() is not None
 
 
 @pytest.mark.parametrize("vocabulary", [257, 4096], ids=["any V", "V=16n"])

@@ -57,11 +57,11 @@ def rows_changed(processor: V2Processor, slots: tuple[int, ...] = (0, 1, 2)) -> 
 @pytest.mark.parametrize(("rows", "has_report"), [(0, True), (4, True), (5, False)])
 def test_no_statistics_if_drafts_may_be_verified_in_parts(v2, monkeypatch, rows, has_report):
     """Requests have other indices in a part than in the batch. Without drafts no parts exist."""
-    v2.stats.take_report()
+    v2.state.take_report()
     monkeypatch.setattr(v2_module, "PART_BYTES", 4 * 4 * V)
     monkeypatch.setattr(v2, "_verified_rows", rows)
     assert rows_changed(v2) == [True, False, False]
-    assert (v2.stats.take_report() is not None) == has_report
+    assert (v2.state.take_report() is not None) == has_report
 
 
 def breaking(*_, **__):
@@ -69,7 +69,7 @@ def breaking(*_, **__):
 
 
 def test_a_fault_while_adding_a_request_affects_only_it(v2, monkeypatch):
-    monkeypatch.setattr("dftserve_vllm.v2.active", breaking)
+    monkeypatch.setattr("dftserve_vllm.v2.active_request", breaking)
     check_only_the_new_request_is_affected(v2, monkeypatch)
 
 
@@ -81,7 +81,7 @@ def test_a_fault_while_storing_controls_affects_only_their_request(v2, monkeypat
 def check_only_the_new_request_is_affected(v2, monkeypatch):
     assert add_request(v2, 1) is False
     monkeypatch.undo()
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
     assert rows_changed(v2) == [True, False, False]
     assert add_request(v2, 1) is True
     assert rows_changed(v2) == [True, True, False]
@@ -91,39 +91,39 @@ def test_a_fault_while_copying_controls_affects_only_the_new_request(v2, monkeyp
     monkeypatch.setattr(v2._controls, "on_device", breaking)
     add_request(v2, 1)
     monkeypatch.undo()
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
     assert rows_changed(v2) == [True, False, False]
 
 
 def test_a_fault_while_reporting_a_step_is_counted(v2, monkeypatch):
-    monkeypatch.setattr(v2.stats.slots, "snapshot", breaking)
+    monkeypatch.setattr(v2.state.slots, "snapshot", breaking)
     rows_changed(v2)
     monkeypatch.undo()
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
     assert rows_changed(v2) == [True, False, False]
 
 
 def test_a_fault_in_the_transform_leaves_the_rows_unchanged(v2, monkeypatch):
-    monkeypatch.setattr("dftserve_vllm.request_stats.transform_step", breaking)
+    monkeypatch.setattr("dftserve_vllm.worker_state.transform_step", breaking)
     assert rows_changed(v2) == [False, False, False]
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
 
 
 def test_an_unknown_context_leaves_the_logits_unchanged(v2):
     logits = object()
     assert v2.apply(logits, SimpleNamespace()) is logits
-    assert v2.stats.faults == 1
+    assert v2.state.faults == 1
 
 
 def test_a_step_has_no_wider_stop_tokens_than_its_requests_need(v2, monkeypatch):
     widths = []
-    apply = v2.stats.apply
+    apply = v2.state.apply
 
     def noting(logits_XV, step, *rest):
         widths.append(step.controls.stop_ids_RE.shape[1])
         apply(logits_XV, step, *rest)
 
-    monkeypatch.setattr(v2.stats, "apply", noting)
+    monkeypatch.setattr(v2.state, "apply", noting)
     many = SamplingParams(extra_args=ASKED.extra_args, stop_token_ids=list(range(64)))
     add_request(v2, 1, many)
     assert rows_changed(v2, (0, 1)) == [True, True]
@@ -131,4 +131,4 @@ def test_a_step_has_no_wider_stop_tokens_than_its_requests_need(v2, monkeypatch)
     assert rows_changed(v2, (0,)) == [True]
     assert widths[0] >= 64
     assert widths[1] == 1
-    assert v2.stats.faults == 0
+    assert v2.state.faults == 0

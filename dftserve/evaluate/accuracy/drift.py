@@ -133,9 +133,9 @@ class Report:
                 )
 
 
-def _are_digests(given: Mapping[Any, Any], names: Iterable[str]) -> bool:
-    return set(given) == set(names) and all(
-        isinstance(digest, str) and _BLAKE3.fullmatch(digest) for digest in given.values()
+def _are_digests(digests: Mapping[Any, Any], names: Iterable[str]) -> bool:
+    return set(digests) == set(names) and all(
+        isinstance(digest, str) and _BLAKE3.fullmatch(digest) for digest in digests.values()
     )
 
 
@@ -169,10 +169,10 @@ def drift(before: Path, after: Path) -> Drift:
 
 
 def _read(path: Path) -> Report:
-    given = parts.read_report(path)
+    stored = parts.read_report(path)
     with shaped_as(path, parts.REPORT):
-        asked = {**given["settings"]}
-        content = {"grid": asked.pop("grid"), "settings": asked, "files": given["files"]}
+        asked = {**stored["settings"]}
+        content = {"grid": asked.pop("grid"), "settings": asked, "files": stored["files"]}
     report = settings.load(Report, content, f"{path}: report")
     _check_answers_of(report, path)
     return report

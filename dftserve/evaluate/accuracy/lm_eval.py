@@ -83,11 +83,11 @@ def measure(task: str, folder: Path, served: Served, diversity: float) -> tuple[
                 stderr=subprocess.STDOUT,
                 check=False,
             )
-        found = list((work / "out").rglob("samples_*.jsonl"))
-        if done.returncode or len(found) != 1:
+        sample_files = list((work / "out").rglob("samples_*.jsonl"))
+        if done.returncode or len(sample_files) != 1:
             lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             raise RuntimeError(f"lm-eval failed on {task}; the end of {log}:\n" + "\n".join(lines))
-        return read_samples(found[0])
+        return read_samples(sample_files[0])
 
 
 def executable() -> Path:

@@ -83,10 +83,10 @@ def measure(
     answers = questions.ask(
         asked, served, diversity, samples=samples, max_tokens=MAX_TOKENS, saved=saved
     )
-    found = []
+    comparisons = []
     for question, prompt, texts in zip(asked, prompts, answers, strict=True):
         grades = [grade_refusal(text, refuse=prompt.refuse) for text in texts]
-        found.append(
+        comparisons.append(
             Answered(
                 question.name,
                 right=tuple(grade.right for grade in grades),
@@ -94,7 +94,7 @@ def measure(
                 judged=tuple(grade.read for grade in grades),
             )
         )
-    return tuple(found)
+    return tuple(comparisons)
 
 
 def _name(number: int, prompt: Prompt) -> str:

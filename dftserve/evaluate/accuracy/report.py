@@ -19,17 +19,17 @@ def read(path: Path) -> Accuracy:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a report of `evaluate accuracy`.
     """
-    given = parts.read_report(path)
+    stored = parts.read_report(path)
     with shaped_as(path, parts.REPORT):
-        asked, tasks = given["settings"], given["tasks"]
-        found = {
+        asked, tasks = stored["settings"], stored["tasks"]
+        content = {
             "model": asked["model"],
             "temperature": asked["temperature"],
             "tasks": {task["task"]: _levels(task["levels"], path) for task in tasks},
         }
     if not 1 <= len(tasks) <= SERIES:
         raise ValueError(f"{path}: got {len(tasks)} tasks; accepted: 1 to {SERIES}.")
-    return settings.load(Accuracy, found, f"{path}: report")
+    return settings.load(Accuracy, content, f"{path}: report")
 
 
 def _levels(levels: list[Mapping[str, Any]], path: Path) -> dict[float, Estimate]:

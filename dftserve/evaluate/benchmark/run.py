@@ -90,20 +90,20 @@ def run(job: Job, say: Say, tick: Tick) -> None:
         RuntimeError: a server does not start, cannot be reached or fails.
     """
     whole = _evaluation(job, "", Path(), 1, 1)
-    found = dict(_tasks(job, say))
-    if not found:
+    tasks = dict(_tasks(job, say))
+    if not tasks:
         raise ValueError(
             f"tasks: got {', '.join(job.tasks)}, and none has its texts; give --data, or set "
             "DFTSERVE_DATA to their folder."
         )
-    for name, task in found.items():
+    for name, task in tasks.items():
         if task.kind == "meaning":
             _require_enough_wordings(name, task, job.samples or task.samples)
     weights = job.weights if whole.is_url else weights_of(job.model, say)
     with evaluation.server(whole, say) as url:
         served = replace(job, model=url, serve_flags=(), weights=weights)
         failed = []
-        for name, task in found.items():
+        for name, task in tasks.items():
             say(f"\n{task.title}")
             measure = _style if task.kind == "style" else _meaning
             try:
@@ -180,7 +180,7 @@ def _meaning(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
     evaluation.ask(asked, task.prompts, say, tick)
     meanings = {prompt.text: slots.parse(prompt.about["meaning"]) for prompt in task.prompts}
     people = _by_prompt([each for each in task.human if each.prompt in meanings])
-    found = [_measured(None, people, people, meanings)]
+    meanings_by_level = [_measured(None, people, people, meanings)]
     for level in samples_by_level(folder):
         if not level.samples:
             raise ValueError(
@@ -188,12 +188,14 @@ def _meaning(job: Job, name: str, task: Task, say: Say, tick: Tick) -> str:
                 "thinking; give them more tokens (`--max-tokens`)."
             )
         measured = _measured(level.diversity, _by_prompt(level.samples), people, meanings)
-        found.append(replace(measured, cut=level.cut))
-    document = json.dumps([asdict(each) for each in found], ensure_ascii=False, indent=1)
+        meanings_by_level.append(replace(measured, cut=level.cut))
+    document = json.dumps(
+        [asdict(each) for each in meanings_by_level], ensure_ascii=False, indent=1
+    )
     atomic.write_text(folder / MEANING, document + "\n")
     head = f"{'':24}{'wording, human = 1':>24}{'slot errors':>24}{'cut':>8}"
-    lines = [head, *map(_line, found)]
-    return "\n".join([*lines, CUT_NOTE] if any(each.cut for each in found) else lines)
+    lines = [head, *map(_line, meanings_by_level)]
+    return "\n".join([*lines, CUT_NOTE] if any(each.cut for each in meanings_by_level) else lines)
 
 
 def _measured(
@@ -217,11 +219,11 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[str]]:
     return texts
 
 
-def _line(found: Meaning) -> str:
-    name = "human" if found.diversity is None else f"diversity {render(found.diversity)}"
-    wording = "1" if found.wording is None else found.wording.render()
-    cut = "" if found.diversity is None else f"{found.cut}"
-    return f"{name:24}{wording:>24}{found.slot_errors.render(3):>24}{cut:>8}".rstrip()
+def _line(meaning: Meaning) -> str:
+    name = "human" if meaning.diversity is None else f"diversity {render(meaning.diversity)}"
+    wording = "1" if meaning.wording is None else meaning.wording.render()
+    cut = "" if meaning.diversity is None else f"{meaning.cut}"
+    return f"{name:24}{wording:>24}{meaning.slot_errors.render(3):>24}{cut:>8}".rstrip()
 
 
 def _write_prompts(folder: Path, task: Task) -> Path:

@@ -185,12 +185,12 @@ def parse(meaning: str) -> dict[str, str]:
     Raises:
         ValueError: not of the form `slot[value], slot[value]`, or a slot twice.
     """
-    found = _SLOT.findall(meaning)
-    if not found or re.sub(r"[\s,]", "", _SLOT.sub("", meaning)) or len(dict(found)) < len(found):
+    slots = _SLOT.findall(meaning)
+    if not slots or re.sub(r"[\s,]", "", _SLOT.sub("", meaning)) or len(dict(slots)) < len(slots):
         raise ValueError(
             f"meaning: got {meaning!r:.120}; accepted: slot[value], slot[value] …, each slot once."
         )
-    return dict(found)
+    return dict(slots)
 
 
 def errors(text: str, meaning: Mapping[str, str]) -> Errors:
@@ -220,8 +220,8 @@ def error_rate(
         ValueError: no texts, or not as many meanings or groups as texts.
     """
     pairs = zip(texts, meanings, strict=True)
-    found = [astuple(errors(text, meaning)) for text, meaning in pairs]
-    counts_T4 = np.array(found, float).reshape(-1, 4)
+    counts = [astuple(errors(text, meaning)) for text, meaning in pairs]
+    counts_T4 = np.array(counts, float).reshape(-1, 4)
 
     def rate(weights_T: NDArray, counts_T4: NDArray) -> float:
         slots, *wrong = weights_T @ counts_T4
@@ -278,8 +278,8 @@ def _says(text: str, slot: str, value: str) -> bool:
 
 def _values(text: str, slot: str) -> set[str]:
     """The values of a slot that a text mentions."""
-    found = {value for value, pattern in _COMPILED.get(slot, {}).items() if pattern.search(text)}
-    return {"no"} if slot == "familyFriendly" and "no" in found else found
+    values = {value for value, pattern in _COMPILED.get(slot, {}).items() if pattern.search(text)}
+    return {"no"} if slot == "familyFriendly" and "no" in values else values
 
 
 def _shared(texts: Sequence[str]) -> float:

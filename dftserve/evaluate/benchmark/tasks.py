@@ -129,10 +129,10 @@ def continuations(path: Path) -> Iterator[tuple[Sample, Sample]]:
     Raises:
         ValueError: a file of another format.
     """
-    given = _json(path)
-    if not isinstance(given, dict):
-        raise ValueError(f"{path}: got {type(given).__name__}; accepted: `original`, `sampled`.")
-    originals, sampled = (_texts(given.get(name), path) for name in ("original", "sampled"))
+    content = _json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}; accepted: `original`, `sampled`.")
+    originals, sampled = (_texts(content.get(name), path) for name in ("original", "sampled"))
     for original, other in zip(originals, sampled, strict=True):
         prompt = _shared_beginning(original, other)
         yield Sample(original, prompt), Sample(other, prompt)
@@ -219,21 +219,21 @@ def _folder(task: str, data: Path | None) -> Path:
     return folder
 
 
-def _found(folder: Path, pattern: str, task: str) -> list[Path]:
+def _matching_files(folder: Path, pattern: str, task: str) -> list[Path]:
     path = folder / pattern
-    found = sorted(path.parent.glob(path.name))
+    paths = sorted(path.parent.glob(path.name))
     if not Path(pattern).is_absolute():
-        for each in found:
+        for each in paths:
             if not each.is_dir():
                 real_file(each, within=folder, largest=LARGEST_RECORDS)
-    if not found:
+    if not paths:
         raise Missing(f"{task}: {pattern} is not in {folder}; {DATA} names the folder of data.")
-    return found
+    return paths
 
 
 def _prompts(file: _File, folder: Path, task: str) -> Iterator[Prompt]:
-    given = file.prompts
-    (path, *_) = _found(folder, given.file, task)
+    settings = file.prompts
+    (path, *_) = _matching_files(folder, settings.file, task)
     match path.suffix:
         case ".json":
             rows = [Prompt(text) for text in _texts(_json(path), path)]
@@ -242,18 +242,18 @@ def _prompts(file: _File, folder: Path, task: str) -> Iterator[Prompt]:
             rows = [Prompt(meaning, about={"meaning": meaning}) for meaning in meanings]
         case _:
             rows = prompts.read(path)
-    stop = None if given.count is None else given.first + given.count
-    if len(rows) < (stop or given.first + 1):
-        raise ValueError(f"{path}: got {len(rows)} rows; accepted: {stop or given.first + 1}.")
-    for row in rows[given.first : stop]:
+    stop = None if settings.count is None else settings.first + settings.count
+    if len(rows) < (stop or settings.first + 1):
+        raise ValueError(f"{path}: got {len(rows)} rows; accepted: {stop or settings.first + 1}.")
+    for row in rows[settings.first : stop]:
         if file.kind == "meaning":
             slots.parse(row.about.get("meaning", ""))
-        yield Prompt(given.ask.replace("{}", row.text), row.system, row.about)
+        yield Prompt(settings.ask.replace("{}", row.text), row.system, row.about)
 
 
 def _human(file: _File, folder: Path, task: str) -> Iterator[Sample]:
     for pattern in file.human.files:
-        for path in _found(folder, pattern, task):
+        for path in _matching_files(folder, pattern, task):
             for sample in _read(path, file.prompts.ask):
                 yield from windows.pieces(sample, file.words, file.human.pieces)
 
@@ -290,10 +290,10 @@ def _json(path: Path) -> Any:
     return read_json(path, largest=LARGEST)
 
 
-def _texts(given: Any, path: Path) -> list[str]:
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        raise ValueError(f"{path}: got {given!r:.60}; accepted: a list of texts.")
-    return given
+def _texts(value: Any, path: Path) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{path}: got {value!r:.60}; accepted: a list of texts.")
+    return value
 
 
 def _csv(path: Path, *columns: str) -> list[dict[str, str]]:

@@ -95,13 +95,13 @@ class AnswerStore(Generic[Row]):
 
     def _lock(self) -> None:
         try:
-            taken = lock.take(self._file)
+            is_locked = lock.take(self._file)
         except OSError as error:
             raise ValueError(
                 f"answers: got {self._path}, which cannot be locked ({error}); accepted: a file on "
                 "a file system with locks."
             ) from None
-        if not taken:
+        if not is_locked:
             raise ValueError(
                 f"answers: got {self._path}, to which another run writes; wait for it, or name "
                 "another file."

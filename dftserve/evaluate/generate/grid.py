@@ -132,7 +132,7 @@ class Answer:
         return is_cut(self.text)
 
     @property
-    def said(self) -> str:
+    def final_text(self) -> str:
         """The text without the thinking before it."""
         return after_thinking(self.text)
 
@@ -216,7 +216,7 @@ def samples_by_level(folder: Path) -> list[LevelSamples]:
 
 
 def _sample(answer: Answer, prompt: Prompt) -> Sample:
-    return Sample(answer.said, prompt.text, group=prompt.group)
+    return Sample(answer.final_text, prompt.text, group=prompt.group)
 
 
 def read_asked(folder: Path) -> dict[str, Any] | None:

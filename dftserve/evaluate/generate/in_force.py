@@ -17,64 +17,64 @@ from dftserve.spec import HUMAN, Diversity, parse, parse_style
 OFF = {"level": 0.0}
 
 
-def level_of(asked: object) -> Diversity | None:
+def level_of(requested: object) -> Diversity | None:
     """A request's `diversity`, parsed; None for "human", which only the server can resolve.
 
     Raises:
         DiversityError: no server would accept it.
     """
-    return None if asked == HUMAN else parse(asked)
+    return None if requested == HUMAN else parse(requested)
 
 
-def is_off(asked: object) -> bool:
+def is_off(requested: object) -> bool:
     """Whether a request's `diversity` leaves every row unchanged; raises as `level_of`."""
-    level = level_of(asked)
+    level = level_of(requested)
     return level is not None and level.is_off
 
 
-def check(asked: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+def check(requested: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
     """Compare the requested settings with those that an answer reports.
 
     Args:
-        asked: `diversity` and `style` of the request, where present.
+        requested: `diversity` and `style` of the request, where present.
         answer: the fields of the answer that are not part of the OpenAI API.
 
     Raises:
         ServerError: the answer does not report one of them, so there is no plug-in.
         ValueError: other settings are in force.
     """
-    for name, value in asked.items():
-        wanted = _expected_diversity(value) if name == "diversity" else _expected_style(value)
-        found = answer.get(name)
-        if found is None and wanted == OFF:
+    for name, value in requested.items():
+        expected = _expected_diversity(value) if name == "diversity" else _expected_style(value)
+        reported = answer.get(name)
+        if reported is None and expected == OFF:
             continue  # Any server provides diversity 0.
-        if not isinstance(found, Mapping):
+        if not isinstance(reported, Mapping):
             raise ServerError(
                 f"the server answers without a `{name}` object: the plug-in is not there. "
                 "`dftserve doctor --url` says why."
             )
-        differ = [key for key in wanted if found.get(key) != wanted[key]]
-        if differ or found.get("clamped") or found.get("reason"):
-            raise ValueError(_refusal(name, value, found, differ))
+        differ = [key for key in expected if reported.get(key) != expected[key]]
+        if differ or reported.get("clamped") or reported.get("reason"):
+            raise ValueError(_refusal(name, value, reported, differ))
 
 
-def _expected_diversity(asked: object) -> dict[str, Any]:
+def _expected_diversity(requested: object) -> dict[str, Any]:
     """The members that the answer's `diversity` object must have."""
-    level = level_of(asked)
+    level = level_of(requested)
     if level is None:
         return {"law": "budget"}
     return OFF if level.is_off else level.as_dict()
 
 
-def _expected_style(asked: object) -> dict[str, Any]:
-    return parse_style(asked).as_dict()
+def _expected_style(requested: object) -> dict[str, Any]:
+    return parse_style(requested).as_dict()
 
 
-def _refusal(name: str, asked: object, found: Mapping[str, Any], differ: list[str]) -> str:
-    shown = {key: found.get(key) for key in (*differ, "clamped", "reason") if found.get(key)}
-    shown |= {key: found.get(key) for key in differ}
+def _refusal(name: str, requested: object, reported: Mapping[str, Any], differ: list[str]) -> str:
+    shown = {key: reported.get(key) for key in (*differ, "clamped", "reason") if reported.get(key)}
+    shown |= {key: reported.get(key) for key in differ}
     return (
-        f"{name}: asked for {json.dumps(asked)}, but the server has {json.dumps(shown)} in force, "
-        "so texts would be measured under the wrong setting. Ask for no more than the server's "
-        "policy allows, or evaluate a server without one (docs/operations.md)."
+        f"{name}: asked for {json.dumps(requested)}, but the server has {json.dumps(shown)} in "
+        "force, so texts would be measured under the wrong setting. Ask for no more than the "
+        "server's policy allows, or evaluate a server without one (docs/operations.md)."
     )

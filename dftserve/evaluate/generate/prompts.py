@@ -49,22 +49,22 @@ def read(path: Path) -> tuple[Prompt, ...]:
     lines = read_text(path, largest=LARGEST, encoding="utf-8-sig").split("\n")
     if path.suffix.lower() == ".jsonl":
         rows = json_rows((line.encode() for line in lines), path)
-        prompts = [_prompt(given, where) for where, given in rows]
+        prompts = [_prompt(record, where) for where, record in rows]
     else:
         prompts = [Prompt(line.strip()) for line in lines if line.strip()]
     _check(prompts, path)
     return tuple(prompts)
 
 
-def _prompt(given: Any, where: str) -> Prompt:
+def _prompt(record: Any, where: str) -> Prompt:
     """The prompt of a row; all its fields are recorded in asked.json."""
-    text = given.get("prompt") if isinstance(given, Mapping) else None
+    text = record.get("prompt") if isinstance(record, Mapping) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: got no `prompt`; accepted: an object with a text `prompt`.")
-    system = given.get("system") or ""
+    system = record.get("system") or ""
     if not isinstance(system, str):
         raise ValueError(f"{where}, system: got {system!r:.80}; accepted: a text.")
-    about = {name: value for name, value in given.items() if name not in ("prompt", "system")}
+    about = {name: value for name, value in record.items() if name not in ("prompt", "system")}
     return Prompt(text, system, about)
 
 

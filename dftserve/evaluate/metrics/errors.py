@@ -66,5 +66,5 @@ def is_unknown(mark: Any) -> bool:
 
 def check(text: str, linter: Any) -> Checked:
     """The counts of a text; `linter` is the result of `linter()`."""
-    found = list(marks(text, linter))
-    return Checked(len(words(normalise(text))), len(found), sum(map(is_unknown, found)))
+    all_marks = list(marks(text, linter))
+    return Checked(len(words(normalise(text))), len(all_marks), sum(map(is_unknown, all_marks)))

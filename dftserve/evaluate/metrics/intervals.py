@@ -168,12 +168,12 @@ def mean_share(values_N: ArrayLike) -> Estimate:
     return wilson_if_constant(mean(values_N), np.size(values_N))
 
 
-def wilson_if_constant(found: Estimate, units: int) -> Estimate:
+def wilson_if_constant(share: Estimate, units: int) -> Estimate:
     """The mean of the shares of some units; if all are 0 or all are 1, with Wilson's interval, in
     which each unit counts once: no resample differs from the mean, whose interval has no width."""
-    if found.value in (0, 1) and units > 1:
-        return wilson(int(found.value) * units, units)
-    return found
+    if share.value in (0, 1) and units > 1:
+        return wilson(int(share.value) * units, units)
+    return share
 
 
 def wilson(right: int, count: int) -> Estimate:

@@ -39,7 +39,7 @@ class Surprisal:
     tokens: int
 
 
-def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
+def bits_of(texts: Sequence[str], nats: Sequence[NDArray], groups: Sequence[str] = ()) -> Estimate:
     """Σ −log₂ p(token) / Σ bytes of UTF-8, over texts, from the result of `token_nats`. The
     interval resamples texts, or groups of them (`intervals.sum_by_group`) if there are groups.
 
@@ -48,7 +48,7 @@ def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str
     units_N2 = _sorted_units(
         [
             (nats_T.sum() / np.log(2), len(text.encode()))
-            for text, nats_T in zip(texts, found, strict=True)
+            for text, nats_T in zip(texts, nats, strict=True)
         ],
         groups,
     )
@@ -60,13 +60,13 @@ def bits_of(texts: Sequence[str], found: Sequence[NDArray], groups: Sequence[str
     return over_units(units_N2, ratio)
 
 
-def surprisal_of(found: Sequence[NDArray], groups: Sequence[str] = ()) -> Surprisal:
+def surprisal_of(nats: Sequence[NDArray], groups: Sequence[str] = ()) -> Surprisal:
     """Mean and standard deviation of the tokens' surprisal, from the result of `token_nats`;
     intervals and `groups` as in `bits_of`."""
     # Centred on the common mean, to avoid subtracting large squares.
-    centre = float(np.concatenate(found).mean())
+    centre = float(np.concatenate(nats).mean())
     units_N3 = _sorted_units(
-        [(len(t), (t - centre).sum(), ((t - centre) ** 2).sum()) for t in found], groups
+        [(len(t), (t - centre).sum(), ((t - centre) ** 2).sum()) for t in nats], groups
     )
 
     def mean(weights_N: NDArray, units_N3: NDArray) -> float:
@@ -77,7 +77,7 @@ def surprisal_of(found: Sequence[NDArray], groups: Sequence[str] = ()) -> Surpri
         count, total, squares = weights_N @ units_N3
         return float(np.sqrt(max(squares / count - (total / count) ** 2, 0.0)))
 
-    return Surprisal(over_units(units_N3, mean), over_units(units_N3, sd), sum(map(len, found)))
+    return Surprisal(over_units(units_N3, mean), over_units(units_N3, sd), sum(map(len, nats)))
 
 
 def token_nats(
@@ -121,10 +121,10 @@ def token_nats(
     encoded = [_encoded(tokenizer, text, index) for index, text in enumerate(texts)]
     teacher = Teacher.load(found_model, vocabulary=len(tokenizer), tokens_N=encoded[0].tolist())
     window, stride = _windows_of(teacher, window, stride)
-    found = [np.empty(len(tokens_T) - 1) for tokens_T in encoded]
+    nats = [np.empty(len(tokens_T) - 1) for tokens_T in encoded]
     for index, first, nats_T in _scored(teacher, encoded, window, stride, batch_size):
-        found[index][first : first + len(nats_T)] = nats_T
-    return found
+        nats[index][first : first + len(nats_T)] = nats_T
+    return nats
 
 
 def _sorted_units(rows: Sequence[tuple[float, ...]], groups: Sequence[str]) -> NDArray:
@@ -178,8 +178,8 @@ def _scored(
     windows.sort(key=lambda each: len(each[2].tokens_N), reverse=True)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
-        found = teacher.token_logprobs([piece for *_, piece in batch])
-        for (index, first, _), logprobs_T in zip(batch, found, strict=True):
+        scores = teacher.token_logprobs([piece for *_, piece in batch])
+        for (index, first, _), logprobs_T in zip(batch, scores, strict=True):
             yield index, first, -logprobs_T
 
 

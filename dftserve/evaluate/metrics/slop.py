@@ -204,9 +204,9 @@ def _phrase_of(item: object, where: str) -> str:
     )
 
 
-def _per_words(texts: Sequence[str], found: Sequence[int], groups: Sequence[str]) -> Estimate:
+def _per_words(texts: Sequence[str], counts: Sequence[int], groups: Sequence[str]) -> Estimate:
     units_T2 = np.array(
-        [(count, len(words(text))) for count, text in zip(found, texts, strict=True)],
+        [(count, len(words(text))) for count, text in zip(counts, texts, strict=True)],
         float,
     ).reshape(-1, 2)
     if not units_T2[:, 1].any():
@@ -218,8 +218,8 @@ def _per_words(texts: Sequence[str], found: Sequence[int], groups: Sequence[str]
 
 
 def _ratio(weights_T: np.ndarray, units_T2: np.ndarray) -> float:
-    found, counted = weights_T @ units_T2
-    return PER * found / counted if counted else float("nan")
+    total, counted = weights_T @ units_T2
+    return PER * total / counted if counted else float("nan")
 
 
 def _runs(text: str) -> list[list[str]]:

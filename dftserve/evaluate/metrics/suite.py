@@ -167,7 +167,7 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     groups = (*texts.groups, *human.groups)
     style_TF, human_TF = space.features(texts), space.features(human)
     kernel_TT = np.exp(-squareform(pdist(style_TF, "sqeuclidean")) / (2 * space.sigma**2))
-    found = {
+    estimates = {
         **_distances(style_TF, human_TF, groups, space.sigma, "style"),
         **_frequencies(texts, tokens_T, [tokens(text) for text in human.texts]),
         "slop": slop.rate(texts.texts, instruments.phrases, texts.groups),
@@ -179,29 +179,31 @@ def measure(texts: Windows, human: Windows, instruments: Instruments) -> dict[st
     if instruments.embed is not None:
         meaning_TF, human_TF = instruments.embed(texts.texts), instruments.embed(human.texts)
         sigma = two_sample.median_distance(human_TF)
-        found |= _distances(meaning_TF, human_TF, groups, sigma, "meaning")
+        estimates |= _distances(meaning_TF, human_TF, groups, sigma, "meaning")
         cosine_TT = np.clip(meaning_TF @ meaning_TF.T, -1.0, 1.0).astype(np.float64)
-        found["vendi_meaning"] = _of_set(texts, lambda at: lexical.vendi(_square(cosine_TT, at)))
-        found |= _classes(texts, cosine_TT)
+        estimates["vendi_meaning"] = _of_set(
+            texts, lambda at: lexical.vendi(_square(cosine_TT, at))
+        )
+        estimates |= _classes(texts, cosine_TT)
     parts = parts_digest(texts.groups)
     return {
-        name: _with_parts(_clipped(found[name], MEASURES[name]), parts)
+        name: _with_parts(_clipped(estimates[name], MEASURES[name]), parts)
         for name in MEASURES
-        if name in found
+        if name in estimates
     }
 
 
-def _with_parts(found: Estimate, parts: str) -> Estimate:
-    return replace(found, parts=parts) if found.left_out else found
+def _with_parts(estimate: Estimate, parts: str) -> Estimate:
+    return replace(estimate, parts=parts) if estimate.left_out else estimate
 
 
-def _clipped(found: Estimate, measure: Measure) -> Estimate:
+def _clipped(estimate: Estimate, measure: Measure) -> Estimate:
     """Clip the jackknife's interval, which is symmetric, to the range of the measure."""
     low, high = (
         None if end is None else min(max(end, measure.least), measure.most)
-        for end in (found.low, found.high)
+        for end in (estimate.low, estimate.high)
     )
-    return replace(found, low=low, high=high)
+    return replace(estimate, low=low, high=high)
 
 
 def _of_set(texts: Windows, statistic: Callable[[NDArray[np.intp]], float]) -> Estimate:
@@ -217,12 +219,12 @@ def _distances(
     squared = jackknife(
         len(x_TF), lambda at: two_sample.mmd2(x_TF[at], human_TF, sigma), groups=sides[0]
     )
-    found = {f"mmd_{space}": two_sample.mmd_from_squared(squared)}
+    estimates = {f"mmd_{space}": two_sample.mmd_from_squared(squared)}
     if all(map(has_several, sides)):
         test = two_sample.mmd_test(x_TF, human_TF, sigma, groups=groups)
-        found[f"mmd_{space}_p"] = Estimate(test.p, None, None)
-        found[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=groups)
-    return found
+        estimates[f"mmd_{space}_p"] = Estimate(test.p, None, None)
+        estimates[f"c2st_{space}"] = two_sample.c2st(x_TF, human_TF, groups=groups)
+    return estimates
 
 
 def _frequencies(

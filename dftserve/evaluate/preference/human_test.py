@@ -125,8 +125,8 @@ class Verdict:
         return self.p_equivalent < self.level
 
     def as_json(self) -> str:
-        found = asdict(self) | {"equivalent": self.equivalent}
-        return json.dumps(found, ensure_ascii=False, indent=1) + "\n"
+        content = asdict(self) | {"equivalent": self.equivalent}
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
     def render(self) -> str:
         points = f"{100 * self.margin:g} points of parity"
@@ -174,7 +174,7 @@ def page(
     )
     parts = {"__TITLE__": escape(title), "__DATA__": _in_script(data)}
     # In one pass, so that a placeholder in a text is not replaced.
-    html = re.sub("|".join(parts), lambda found: parts[found[0]], template)
+    html = re.sub("|".join(parts), lambda match: parts[match[0]], template)
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(key_file, json.dumps(asdict(key), indent=1) + "\n")
     atomic.write_text(out, html)
@@ -195,17 +195,17 @@ def verdict(
     """
     needed = judgments_needed(margin, level, POWER)
     key = settings.load(Key, _read(key_file), str(key_file))
-    given = _joined(answer_files, key)
-    if not given:
+    answers_by_judge = _joined(answer_files, key)
+    if not answers_by_judge:
         raise ValueError("answers: got none; accepted: files with at least one judgment.")
-    count = len(given)
-    human = sum(answer.chosen == key.human[answer.trial] for _, answer in given)
-    by_judge = Counter(judge for judge, _ in given)
+    count = len(answers_by_judge)
+    human = sum(answer.chosen == key.human[answer.trial] for _, answer in answers_by_judge)
+    by_judge = Counter(judge for judge, _ in answers_by_judge)
     return Verdict(
         question=key.question,
         judgments=count,
         judges=len(by_judge),
-        trials=len({answer.trial for _, answer in given}),
+        trials=len({answer.trial for _, answer in answers_by_judge}),
         human=human,
         share=wilson(human, count),
         p_half=float(stats.binomtest(human, count, 0.5).pvalue),
@@ -213,9 +213,11 @@ def verdict(
         level=level,
         p_equivalent=p_equivalent(human, count, margin),
         needed=needed,
-        left=sum(answer.answer == "left" for _, answer in given) / count,
-        median_seconds=statistics.median(answer.seconds for _, answer in given),
-        warnings=tuple(_warnings(by_judge, len({answer.trial for _, answer in given}), needed)),
+        left=sum(answer.answer == "left" for _, answer in answers_by_judge) / count,
+        median_seconds=statistics.median(answer.seconds for _, answer in answers_by_judge),
+        warnings=tuple(
+            _warnings(by_judge, len({answer.trial for _, answer in answers_by_judge}), needed)
+        ),
     )
 
 
@@ -288,7 +290,7 @@ def _in_script(data: Mapping[str, Any]) -> str:
 
 def _joined(answer_files: Sequence[Path], key: Key) -> list[tuple[str, Answer]]:
     """(judge, answer) of all files."""
-    given: list[tuple[str, Answer]] = []
+    answers_by_judge: list[tuple[str, Answer]] = []
     seen: dict[tuple[str, str], Path] = {}
     for file in answer_files:
         answers = settings.load(Answers, _read(file), str(file))
@@ -308,8 +310,8 @@ def _joined(answer_files: Sequence[Path], key: Key) -> list[tuple[str, Answer]]:
                     f"{seen[judgment]}; accepted: each once. Keep a judge's last file."
                 )
             seen[judgment] = file
-            given.append((answers.judge, answer))
-    return given
+            answers_by_judge.append((answers.judge, answer))
+    return answers_by_judge
 
 
 def _read(path: Path) -> object:
@@ -326,24 +328,24 @@ def _warnings(by_judge: Counter[str], trials: int, needed: int) -> list[str]:
         trials: the number of trials that have an answer.
     """
     count = by_judge.total()
-    found = []
+    warnings = []
     judge, most = by_judge.most_common(1)[0]
     if 2 * most > count:
-        found.append(
+        warnings.append(
             f"judge {judge} gave {most} of {count} judgments; one person's are not independent, so "
             "the p values are too small."
         )
     if trials < count:
-        found.append(
+        warnings.append(
             f"{count} judgments of {trials} trials; those of one trial are of the same two texts "
             "and not independent, so the interval is too narrow and the p values are too small. "
             "Show each trial to one person, with as many trials as judgments are needed."
         )
     if count < needed:
-        found.append(
+        warnings.append(
             f"{count} judgments; {needed} are needed to show parity with {POWER:.0%} power."
         )
-    return found
+    return warnings
 
 
 def _power(count_N: NDArray[np.intp], margin: float, level: float) -> NDArray[np.float64]:

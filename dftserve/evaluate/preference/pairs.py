@@ -39,17 +39,17 @@ def pairs(folder: Path, human: Path, diversity: float = 0.0, words: int = WORDS)
         raise ValueError(f"diversity: got {diversity:g}; accepted: one of {grid}.")
     people = _by_prompt(Windows.of(human_samples(human), words).whole())
     model = _by_prompt(Windows.of(at[0], words).whole())
-    found = [
+    matched = [
         Pair(prompt, text, theirs)
         for prompt, texts in model.items()
         for text, theirs in zip(texts, people.get(prompt, ()), strict=False)
     ]
-    if not found:
+    if not matched:
         raise ValueError(
             f"{human}: no answer of {words} words or more to a prompt of {folder}; accepted: lines "
             "with `prompt`, as it was asked, and `response`."
         )
-    return found
+    return matched
 
 
 def _by_prompt(windows: Windows) -> dict[str, list[str]]:

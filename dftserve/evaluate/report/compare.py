@@ -172,9 +172,9 @@ def _cut(a: Mapping, b: Mapping, human: Mapping) -> float | None:
     return cut(base, tuned, people) if base != people else None
 
 
-def _estimate(given: Mapping) -> Estimate:
-    left_out = tuple(given["left_out"])
-    return Estimate(given["value"], given["low"], given["high"], left_out, given["parts"])
+def _estimate(stored: Mapping) -> Estimate:
+    left_out = tuple(stored["left_out"])
+    return Estimate(stored["value"], stored["low"], stored["high"], left_out, stored["parts"])
 
 
 def _same(what: str, a: object, b: object) -> None:

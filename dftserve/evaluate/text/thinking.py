@@ -31,8 +31,8 @@ _NEXT_QUESTION = re.compile(r"\n[\s*#]*(?:question|problem|q)\s*\d*\s*:", re.IGN
 
 def before_next_question(text: str) -> str:
     """The text before a next question, which a base model may go on to write."""
-    found = _NEXT_QUESTION.search(text, re.match(r"\s*", text).end())  # type: ignore[union-attr]
-    return text if found is None else text[: found.start()]
+    match = _NEXT_QUESTION.search(text, re.match(r"\s*", text).end())  # type: ignore[union-attr]
+    return text if match is None else text[: match.start()]
 
 
 def is_cut(answer: str | None) -> bool:

@@ -61,8 +61,8 @@ def spans(text: str) -> list[tuple[str, int, int]]:
 
     Of the steps of `normalise`, only quotes are replaced, so that positions do not change.
     """
-    found = _TOKENS.finditer(text.translate(_PLAIN_QUOTES))
-    return [(match.group().lower(), *match.span()) for match in found]
+    matches = _TOKENS.finditer(text.translate(_PLAIN_QUOTES))
+    return [(match.group().lower(), *match.span()) for match in matches]
 
 
 def word_starts(text: str) -> list[int]:

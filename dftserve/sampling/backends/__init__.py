@@ -52,9 +52,9 @@ def get_style_stage(device: torch.device | str, profiles: Sequence[ProfileArrays
     device = torch.device(device)
     tables = StyleTables.of(profiles, device)
     with _fall_back_to_torch(f"styles on {device}"):
-        found = _preferred_stage(device)
-        if found is PlainStyleStage or same_styles(found, tables, checked_class(device)):
-            return found(tables)
+        preferred = _preferred_stage(device)
+        if preferred is PlainStyleStage or same_styles(preferred, tables, checked_class(device)):
+            return preferred(tables)
         logger.warning("styles: the kernel disagrees with plain torch, which is used instead.")
     return PlainStyleStage(tables)
 
@@ -73,17 +73,20 @@ def _preferred_stage(device: torch.device) -> Callable[[StyleTables], StyleStage
 
 
 def same_styles(
-    found: Callable[[StyleTables], StyleStage], tables: StyleTables, kind: BackendClass
+    create: Callable[[StyleTables], StyleStage], tables: StyleTables, backend_class: BackendClass
 ) -> bool:
     """Whether a stage computes the same rows as plain torch. This also compiles everything that a
     request would otherwise have to wait for."""
     device = tables.root_P.device
-    stages = PlainStyleStage(tables), found(tables)
-    return all([_same_restyled(stages, kind, v, device) for v in (257, 4096)])
+    stages = PlainStyleStage(tables), create(tables)
+    return all([_same_restyled(stages, backend_class, v, device) for v in (257, 4096)])
 
 
 def _same_restyled(
-    stages: tuple[StyleStage, StyleStage], kind: BackendClass, vocabulary: int, device: torch.device
+    stages: tuple[StyleStage, StyleStage],
+    backend_class: BackendClass,
+    vocabulary: int,
+    device: torch.device,
 ) -> bool:
     """Checks two rows of a resumed request, and a row without a style between two with one."""
     off = Diversity(level=0.0)
@@ -102,7 +105,7 @@ def _same_restyled(
     offset_R = torch.tensor([0, 1, 0, 0], dtype=torch.int32, device=device)
     controls = Controls.stack(rows, device)
     step = Step(controls, slot_R, texts.at_R, offset_R, texts=texts)
-    slots = kind(device).create_slots(3, 2)
+    slots = backend_class(device).create_slots(3, 2)
     before = SlotStatistics(torch.tensor(3), torch.full((COLUMNS,), 0.1), torch.ones(2, COLUMNS))
     slots.open(0, before, produced=4)
     expected_XV, got_XV = (_rows(vocabulary, vocabulary, device) for _ in range(2))
@@ -116,12 +119,12 @@ def _same_restyled(
 
 @contextmanager
 def _fall_back_to_torch(what: str) -> Iterator[None]:
-    """Logs the failure of a compiler or driver; the code after the block uses plain torch."""
+    """Logs the failure of a compiler or driver in the block; the code after it uses plain torch."""
     try:
         yield
     except ModuleNotFoundError as error:
         logger.warning("%s: no kernels (%s); plain torch instead.", what, error)
-    except Exception:
+    except Exception:  # A compiler that fails, a driver that does not load.
         logger.warning("%s: the kernels fail; plain torch instead.", what, exc_info=True)
 
 
@@ -130,21 +133,12 @@ def checked_class(device: torch.device) -> BackendClass:
     """The device's own backend, or `TorchBackend` if its kernels do not compile or give wrong
     results. An engine calls this at start-up, so that no request waits for a compiler or runs on a
     wrong kernel."""
-    try:
-        found = _preferred_class(device)
-        if found is TorchBackend:
-            return TorchBackend
-        agrees = self_check(found, device)
-    except ModuleNotFoundError as error:
-        logger.warning("diversity: no kernels (%s); plain torch instead.", error)
-        return TorchBackend
-    except Exception:  # A compiler that fails, a driver that does not load.
-        logger.warning("diversity: the kernels fail; plain torch instead.", exc_info=True)
-        return TorchBackend
-    if not agrees:
+    with _fall_back_to_torch("diversity"):
+        preferred = _preferred_class(device)
+        if preferred is TorchBackend or self_check(preferred, device):
+            return preferred
         logger.warning("diversity: the kernels disagree with plain torch, which is used instead.")
-        return TorchBackend
-    return found
+    return TorchBackend
 
 
 def _preferred_class(device: torch.device) -> BackendClass:
@@ -159,23 +153,23 @@ def _preferred_class(device: torch.device) -> BackendClass:
     return TorchBackend
 
 
-def self_check(found: BackendClass, device: torch.device) -> bool:
+def self_check(backend_class: BackendClass, device: torch.device) -> bool:
     """Whether a backend computes the same as plain torch.
 
     This also compiles everything that a request would otherwise have to wait for, and every kernel
     runs more than once, as it does for requests.
     """
     # `all` of a list, here and below: a failed check must not skip the compilation of the next.
-    return all([_same_rows(found, device), _same_steps(found, device)])
+    return all([_same_rows(backend_class, device), _same_steps(backend_class, device)])
 
 
-def _same_rows(found: BackendClass, device: torch.device) -> bool:
+def _same_rows(backend_class: BackendClass, device: torch.device) -> bool:
     """Checks unaligned, padded and aligned rows, and every width of the stop token matrix that
     `controls.stop_width` returns for the numbers of stop tokens that requests have."""
     # Every combination of classes and states, and tokens beyond the table.
     parts_V4 = np.arange(3000)[:, None] // 3 ** np.arange(4) % 3
     classes = TokenClasses((parts_V4 << 2 * np.arange(4)).sum(axis=1).astype(np.uint8))
-    backend = found(device, token_classes=classes)
+    backend = backend_class(device, token_classes=classes)
     reference = TorchBackend(device, token_classes=classes)
     sizes = [(257, 257, 1), (257, 272, 1), *((4096, 4096, 1 << step) for step in range(9))]
     return all([_same_batch(backend, reference, *size) for size in sizes])
@@ -225,7 +219,7 @@ def _control_rows(stop_count: int) -> list[ControlRow]:
     ]
 
 
-def _same_steps(found: BackendClass, device: torch.device) -> bool:
+def _same_steps(backend_class: BackendClass, device: torch.device) -> bool:
     """Checks steps of a new and a resumed request with two rows each, an idle row between them,
     some invalid rows, and prompt chunks in the first step. One token is accepted per step, and
     there are enough steps for the budget law to begin steering."""
@@ -235,7 +229,7 @@ def _same_steps(found: BackendClass, device: torch.device) -> bool:
     for slot in (2, 0):
         requests.put(slot, row)
     before = SlotStatistics(torch.tensor(3), torch.arange(float(COLUMNS)), torch.ones(2, COLUMNS))
-    backends = [kind(device) for kind in (TorchBackend, found)]
+    backends = [each(device) for each in (TorchBackend, backend_class)]
     both = [backend.create_slots(3, 2) for backend in backends]
     for slots in both:
         slots.open(2)

@@ -53,19 +53,21 @@ class CompactRows:
         lost_PK = penalties.nats_PK / divisor_P[:, None]
         token_PK, stop_PE = penalties.token_PK.numpy(), controls.stop_ids_RE.numpy()
         rows = row_P.tolist()
-        given = zip(rows, token_PK, lost_PK.numpy(), stop_PE, reach_P.tolist(), strict=True)
-        found = [_relevant_tokens(logits_XV[row].numpy(), *each) for row, *each in given]
-        width = max(1, *map(len, found))
+        rows_in_use = zip(rows, token_PK, lost_PK.numpy(), stop_PE, reach_P.tolist(), strict=True)
+        tokens_by_row = [
+            _relevant_tokens(logits_XV[row].numpy(), *each) for row, *each in rows_in_use
+        ]
+        width = max(1, *map(len, tokens_by_row))
         logits_PJ = np.full((len(rows), width), -np.inf, np.float32)
-        for row, token_J, values_J in zip(rows, found, logits_PJ, strict=True):
+        for row, token_J, values_J in zip(rows, tokens_by_row, logits_PJ, strict=True):
             values_J[: len(token_J)] = logits_XV[row].numpy()[token_J]
             if not len(token_J):
                 values_J[:] = np.nan
-        column_PK = _columns(token_PK, found, otherwise=width)
-        column_PE = _columns(stop_PE, found, otherwise=-1)
+        column_PK = _columns(token_PK, tokens_by_row, otherwise=width)
+        column_PE = _columns(stop_PE, tokens_by_row, otherwise=-1)
         return cls(
             rows,
-            found,
+            tokens_by_row,
             torch.from_numpy(logits_PJ),
             replace(penalties, token_PK=torch.from_numpy(column_PK)),
             replace(controls, stop_ids_RE=torch.from_numpy(column_PE)),
@@ -73,8 +75,10 @@ class CompactRows:
 
     def write(self, logits_XV: Tensor, lower_PJ: Tensor, changes_P: Tensor) -> None:
         """Write the changed rows back to the logits."""
-        given = zip(self.row_P, self.token_PJ, lower_PJ.numpy(), changes_P.tolist(), strict=True)
-        for row, token_J, lower_J, changes in given:
+        rows_in_use = zip(
+            self.row_P, self.token_PJ, lower_PJ.numpy(), changes_P.tolist(), strict=True
+        )
+        for row, token_J, lower_J, changes in rows_in_use:
             if changes:
                 logits_XV[row].numpy()[token_J] = lower_J[: len(token_J)]
 
@@ -103,10 +107,10 @@ def _relevant_tokens(
     return np.flatnonzero(is_relevant_V)
 
 
-def _columns(token_PK: NDArray[Any], found: list[Ids], *, otherwise: int) -> Ids:
+def _columns(token_PK: NDArray[Any], tokens_by_row: list[Ids], *, otherwise: int) -> Ids:
     """The column of each token in its row; `otherwise` if it has none."""
     column_PK = np.full(token_PK.shape, otherwise)
-    for column_K, token_K, token_J in zip(column_PK, token_PK, found, strict=True):
+    for column_K, token_K, token_J in zip(column_PK, token_PK, tokens_by_row, strict=True):
         if len(token_J):
             index_K = np.minimum(np.searchsorted(token_J, token_K), len(token_J) - 1)
             is_found_K = token_J[index_K] == token_K

@@ -92,11 +92,11 @@ class StyleTables:
         longest = int(max(np.diff(rows).max(initial=0), np.diff(bigrams).max(initial=0)))
 
         def padded(arrays: Sequence[NDArray], fill: Sequence[float]) -> NDArray:
-            made = [
+            padded_arrays = [
                 np.pad(array, (0, vocabulary - len(array)), constant_values=value)
                 for array, value in zip(arrays, fill, strict=True)
             ]
-            return np.stack(made)
+            return np.stack(padded_arrays)
 
         numbered = list(zip(profiles, roots[:-1].tolist(), strict=True))
         zeros = [0.0] * len(profiles)

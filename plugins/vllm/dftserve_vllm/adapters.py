@@ -21,32 +21,32 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenAdapter:
     """The adapter chosen for a request's style."""
 
     adapter: Adapter
-    asked: spec.Style
+    requested: spec.Style
     """The requested style, after the operator's policy was applied."""
     clamped: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, str | float]:
         """The `style` object of the answer."""
-        taken = {"adapter": self.adapter.model, "effective_strength": self.adapter.strength}
-        return self.asked.as_dict() | taken
+        chosen = {"adapter": self.adapter.model, "effective_strength": self.adapter.strength}
+        return self.requested.as_dict() | chosen
 
 
 def served(models: Any) -> tuple[Adapter, ...]:
     """The adapters of vLLM's `OpenAIServingModels`, including those loaded at run time."""
     names = list(getattr(models, "lora_requests", ()))
-    return tuple(found for name in names if (found := _named(name)) is not None)
+    return tuple(each for name in names if (each := _parse_name(name)) is not None)
 
 
 def strengths(adapters: Iterable[Adapter]) -> dict[str, list[float]]:
     """The strengths available for each style name; names and strengths in ascending order."""
-    found: dict[str, list[float]] = {}
+    by_style: dict[str, list[float]] = {}
     for each in sorted(adapters, key=lambda each: (each.style, each.strength)):
-        found.setdefault(each.style, []).append(each.strength)
-    return found
+        by_style.setdefault(each.style, []).append(each.strength)
+    return by_style
 
 
 def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> Adapter:
@@ -60,7 +60,7 @@ def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> A
         DiversityError: all adapters are stronger than the limits allow.
     """
     own = [each for each in adapters if each.style == style.name]
-    wanted = 1.0 if style.strength is None else style.strength
+    requested = 1.0 if style.strength is None else style.strength
     allowed = [each for each in own if not limits.excess(replace(style, strength=each.strength))]
     if not allowed:
         weakest = min(each.strength for each in own)
@@ -68,12 +68,12 @@ def nearest(adapters: Iterable[Adapter], style: spec.Style, limits: Limits) -> A
             f"0, since the weakest adapter has {weakest:g}, which is more than the operator's "
             "policy allows here"
         )
-        raise spec.DiversityError("style.strength", wanted, accepted)
+        raise spec.DiversityError("style.strength", requested, accepted)
     # Rounded: in binary, .3 is nearer to .4 than .5 is.
-    return min(allowed, key=lambda each: (round(abs(each.strength - wanted), 9), each.strength))
+    return min(allowed, key=lambda each: (round(abs(each.strength - requested), 9), each.strength))
 
 
-def _named(model: str) -> Adapter | None:
+def _parse_name(model: str) -> Adapter | None:
     """Parses a name of the form that `checkpoint scale` gives; None for any other name."""
     style, _, number = model.rpartition("-")
     try:

@@ -28,7 +28,7 @@ def extend(app: Any) -> Any:
     try:
         _extend(app)
     except Exception as error:  # noqa: BLE001 - the server must start
-        hooks.failed(hooks.APP, error)
+        hooks.record_failure(hooks.APP, error)
     return app
 
 

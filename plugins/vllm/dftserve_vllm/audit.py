@@ -141,8 +141,8 @@ def _ends_cut(descriptor: int) -> bool:
 @lru_cache
 def log() -> AuditLog | None:
     """This process's audit log; None if the policy configures none."""
-    found = policy.policy()
-    return AuditLog(found.audit) if found is not None and found.audit is not None else None
+    in_force = policy.policy()
+    return AuditLog(in_force.audit) if in_force is not None and in_force.audit is not None else None
 
 
 def note(request: Any, prompt: PromptContext) -> None:
@@ -195,7 +195,7 @@ def refusals(request: Any) -> Iterator[None]:
     except Exception as error:
         parameter = getattr(error, "parameter", None)
         is_noted = log() is not None and request_context.generates()
-        if is_noted and isinstance(parameter, str) and _asked(request) is not None:
+        if is_noted and isinstance(parameter, str) and _requested_fields(request) is not None:
             name = parameter.removeprefix("vllm_xargs.").partition(".")[0]
             with _counted():
                 refused = {"effective": None, "outcome": "refused", "param": name}
@@ -215,9 +215,9 @@ def _counted() -> Iterator[None]:
 
 
 def _write(entry: dict[str, Any]) -> None:
-    found = log()
-    assert found is not None
-    found.write(entry)
+    audit_log = log()
+    assert audit_log is not None
+    audit_log.write(entry)
 
 
 def _of_request(request: Any) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _of_request(request: Any) -> dict[str, Any]:
         "request_id": _cut(_request_id(request)),
         "model": _cut(getattr(request, "model", None) or engine.served_model_name()),
         "key": None if digest is None else digest[:KEY_DIGITS],
-        "asked": _asked(request),
+        "asked": _requested_fields(request),
     }
 
 
@@ -242,15 +242,15 @@ def _cut(text: object) -> str | None:
     return None if text is None else str(text)[:LONGEST_NAME]
 
 
-def _asked(request: Any) -> dict[str, Any] | None:
+def _requested_fields(request: Any) -> dict[str, Any] | None:
     """The request's fields in their parsed form; None if it has none."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, shown in ((DIVERSITY, _diversity), (STYLE, _style)):
         top = (getattr(request, "model_extra", None) or {}).get(name)
         argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
         if (value := argument if top is None else top) is not None:
-            found[name] = shown(value)
-    return found or None
+            fields[name] = shown(value)
+    return fields or None
 
 
 def _diversity(value: object) -> object:

@@ -15,7 +15,7 @@ def capabilities(models: Any = None) -> dict[str, Any]:
     """
     reason = engine.refusal()
     default = request_params.default_diversity()
-    of_humans = human.diversity()
+    human_diversity = human.diversity()
     styles = engine.styles()
     return {
         "dftserve": dftserve.__version__,
@@ -31,7 +31,7 @@ def capabilities(models: Any = None) -> dict[str, Any]:
         },
         "dry": {
             **{name: str(bounds) for name, bounds in spec.DRY_BOUNDS.items()},
-            spec.DRY_BREAKERS: spec.BREAKERS,
+            spec.DRY_BREAKERS: spec.BREAKERS_ACCEPTED,
         },
         "groups_unavailable": engine.refusal_of_groups(),
         "styles": [profile.name for profile in styles.profiles],
@@ -40,7 +40,7 @@ def capabilities(models: Any = None) -> dict[str, Any]:
         "adapters": _adapters(models),
         "default": default and default.as_dict(),
         "default_refused": request_params.default_refusal(),
-        spec.HUMAN: of_humans and of_humans.as_dict(),
+        spec.HUMAN: human_diversity and human_diversity.as_dict(),
         "policy": policy.summary(),
         "answers": True,
         "trace": spec.MOST_TRACED,
@@ -53,5 +53,5 @@ def _adapters(models: Any) -> dict[str, list[float]]:
     """The strengths of the adapters that a style may name, by style name."""
     if hooks.ADAPTERS.name in hooks.problems():
         return {}
-    found = adapters.strengths(adapters.served(models))
-    return {name: each for name, each in found.items() if not engine.styles().has(name)}
+    by_style = adapters.strengths(adapters.served(models))
+    return {name: each for name, each in by_style.items() if not engine.styles().has(name)}

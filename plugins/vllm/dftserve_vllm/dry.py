@@ -61,15 +61,15 @@ class HostRepeats:
         """A step's penalties, given each row's output so far; empty if no row has any."""
         if not self._by_slot:
             return ()
-        rows, found = [], []
+        rows, penalties_of_rows = [], []
         for row in np.flatnonzero(np.isin(slots, list(self._by_slot))).tolist():
             penalties = self._by_slot[int(slots[row])].after(outputs[row])
             if len(penalties[0]):
                 rows.append(row)
-                found.append(penalties)
+                penalties_of_rows.append(penalties)
         if not rows:
             return ()
         sent: list[torch.Tensor] = self._staging.to_device_together(
-            *together(found), np.array(rows)
+            *together(penalties_of_rows), np.array(rows)
         )
         return (Penalties(*sent),)

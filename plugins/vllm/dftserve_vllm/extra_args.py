@@ -37,7 +37,7 @@ _NO_NUMBERS = repeat(0)
 
 
 @dataclass(frozen=True)
-class Active:
+class ActiveRequest:
     """A request whose rows are to be changed."""
 
     diversity: spec.Diversity
@@ -81,13 +81,15 @@ def of_choice(params: "SamplingParams", index: int, parent: Any) -> "SamplingPar
         parent: vLLM's ParentRequest of the choices.
     """
     carried: dict[str, Any] = params.extra_args or {}
-    identity, asked = carried.get(IDENTITY), carried.get(DIVERSITY)
+    identity, diversity_field = carried.get(IDENTITY), carried.get(DIVERSITY)
     own: dict[str, Any] = {}
     if identity is not None:
         own[IDENTITY] = f"{identity}.{index}"
-    if asked is not None and (diversity := parse_field(asked)).group is True:
-        given = parent.sampling_params
-        own[DIVERSITY] = groups.of_choice(diversity, index, given.n, given.seed, parent.request_id)
+    if diversity_field is not None and (diversity := parse_field(diversity_field)).group is True:
+        of_request = parent.sampling_params
+        own[DIVERSITY] = groups.of_choice(
+            diversity, index, of_request.n, of_request.seed, parent.request_id
+        )
     if not own:
         return params
     params = copy(params)
@@ -132,7 +134,7 @@ def too_many_stop_ids(params: "SamplingParams") -> str | None:
     )
 
 
-def asked(
+def requested_fields(
     params: "SamplingParams", styles: Styles = NONE
 ) -> tuple[spec.Diversity, spec.Style | None]:
     """The diversity that a request carries, `OFF` without one, and the style, with its profile's
@@ -142,21 +144,21 @@ def asked(
         ValueError: one of them is not acceptable, or cannot be honoured with the other or with n.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
-    given, named = carried.get(DIVERSITY), carried.get(STYLE)
-    diversity = OFF if given is None else parse_field(given)
-    style = None if named is None else styles.completed(parse_style_field(named))
+    diversity_field, style_field = carried.get(DIVERSITY), carried.get(STYLE)
+    diversity = OFF if diversity_field is None else parse_field(diversity_field)
+    style = None if style_field is None else styles.completed(parse_style_field(style_field))
     if (reason := clash(diversity, style) or groups.clash(params.n, diversity)) is not None:
         raise ValueError(reason)
     return diversity, style
 
 
-def active(
+def active_request(
     params: "SamplingParams",
     *,
     temperature_applied: bool,
     arrivals: Iterator[int] = _NO_NUMBERS,
     styles: Styles = NONE,
-) -> Active | None:
+) -> ActiveRequest | None:
     """What to do for a request, or None if its rows stay unchanged.
 
     Args:
@@ -170,7 +172,7 @@ def active(
     """
     if is_greedy(params):
         return None
-    diversity, style = asked(params, styles)
+    diversity, style = requested_fields(params, styles)
     if style is not None and style.is_off:
         style = None
     if diversity.is_off and style is None:
@@ -184,7 +186,7 @@ def active(
         draw_key=_draw_key(params, arrivals) if diversity.law == "xtc" else 0,
         style=None if style is None else styles.controls(style),
     )
-    return Active(
+    return ActiveRequest(
         diversity,
         controls,
         (params.extra_args or {}).get(IDENTITY),

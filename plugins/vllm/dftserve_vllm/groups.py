@@ -17,7 +17,7 @@ from dftserve import spec
 from dftserve.sampling import Step
 from dftserve.sampling.draws import draw_key
 from dftserve.sampling.group import GroupCodes, GroupRow, first_code
-from dftserve_vllm.preempted import Preempted
+from dftserve_vllm.preempted import PreemptedStates
 from dftserve_vllm.step_report import Array
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Codes:
 
     def __init__(self, capacity: int, rows_per_request: int, device: torch.device) -> None:
         self._codes = GroupCodes(capacity, rows_per_request, device)
-        self._preempted = Preempted[StateArray]()
+        self._preempted = PreemptedStates[StateArray]()
 
     def open(self, slot: int, row: GroupRow, identity: str | None, produced: int) -> None:
         """A request of a group enters a slot.
@@ -118,4 +118,4 @@ class Codes:
 
     def draw(self, logits_XV: torch.Tensor, step: Step, most_rows: int) -> None:
         """See `GroupCodes.draw`."""
-        self._preempted.saw(self._codes.draw(logits_XV, step, most_rows))
+        self._preempted.record(self._codes.draw(logits_XV, step, most_rows))

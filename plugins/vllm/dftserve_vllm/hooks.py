@@ -95,13 +95,13 @@ class Hook:
 
     def is_in_place(self, module: ModuleType) -> bool:
         """Whether the wrapper is installed, also below another wrapper that sets `__wrapped__`."""
-        found: Any = module
+        function: Any = module
         for part in self.target.split("."):
-            found = getattr(found, part, None)
-        while found is not None:
-            if MARK in getattr(found, "__dict__", {}) and found.__dict__[MARK]:
+            function = getattr(function, part, None)
+        while function is not None:
+            if MARK in getattr(function, "__dict__", {}) and function.__dict__[MARK]:
                 return True
-            found = getattr(found, "__wrapped__", None)
+            function = getattr(function, "__wrapped__", None)
         return False
 
 
@@ -179,7 +179,7 @@ def _refuses_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[
 def _selects_named_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
     from dftserve_vllm import request_params
 
-    return request_params.take_adapter(maybe_get_adapters)
+    return request_params.select_adapter(maybe_get_adapters)
 
 
 def _identifies_choices(get_child_info: Callable[..., Any]) -> Callable[..., Any]:
@@ -340,10 +340,10 @@ def _apply(hook: Hook, module: ModuleType) -> None:
     try:
         hook.apply(module)
     except Exception as error:  # noqa: BLE001 - the server must start
-        failed(hook.name, error)
+        record_failure(hook.name, error)
 
 
-def failed(name: str, error: Exception) -> None:
+def record_failure(name: str, error: Exception) -> None:
     """Record that a hook does not work; the server continues."""
     _failed[name] = f"{type(error).__name__}: {error}"
     logger.warning("dftserve: %s is not in place: %s", name, error)
@@ -357,11 +357,11 @@ def problems() -> dict[str, str]:
 def refusal() -> str | None:
     """Why the field is refused: a hook that it needs is missing; None if none is. Called several
     times per request, in the server's event loop."""
-    found = _problems_of(hook for hook in _installed if hook.is_needed)
-    if not found:
+    missing = _problems_of(hook for hook in _installed if hook.is_needed)
+    if not missing:
         return None
-    first, reason = next(iter(found.items()))
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    first, reason = next(iter(missing.items()))
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return (
         f"the plug-in could not change {first}{more} of vLLM ({reason}); "
         "`dftserve doctor` lists what is missing"
@@ -388,10 +388,10 @@ def _absence(module: str) -> str | None:
     if module in _present:
         return None
     try:
-        found = importlib.util.find_spec(module)
+        module_spec = importlib.util.find_spec(module)
     except Exception as error:  # noqa: BLE001 - its package does not import: vLLM will say so
         return f"{type(error).__name__}: {error}"
-    if found is None:
+    if module_spec is None:
         return "this vLLM has no such module"
     _present.add(module)
     return None

@@ -17,14 +17,14 @@ def resolved(parameter: str) -> Diversity:
     Raises:
         DiversityError: the served model states no target entropy.
     """
-    found = diversity()
-    if found is None:
+    meaning = diversity()
+    if meaning is None:
         accepted = (
             f"{ACCEPTED}; {HUMAN!r} where the served model's folder has a {CheckpointInfo.FILE} "
             "with a target_entropy above 0"
         )
         raise DiversityError(parameter, HUMAN, accepted)
-    return found
+    return meaning
 
 
 def diversity() -> Diversity | None:

@@ -42,12 +42,12 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
-            found = None if find is None else find(fullname, path, target)
-            if found is None:
+            module_spec = None if find is None else find(fullname, path, target)
+            if module_spec is None:
                 continue
-            if found.loader is not None:
-                found.loader = _Loader(found.loader, self.changes)
-            return found
+            if module_spec.loader is not None:
+                module_spec.loader = _Loader(module_spec.loader, self.changes)
+            return module_spec
         return None
 
 

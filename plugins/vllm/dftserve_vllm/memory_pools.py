@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 
-Built = TypeVar("Built")
+T = TypeVar("T")
 
 
-def outside_pools(device: torch.device, build: Callable[[], Built]) -> Built:
+def outside_pools(device: torch.device, build: Callable[[], T]) -> T:
     """What `build` returns, with its tensors outside of every memory pool that is in use.
 
     With sleep mode, vLLM takes a model's memory from a pool, whose contents a sleep of level 2
@@ -27,7 +27,7 @@ def outside_pools(device: torch.device, build: Callable[[], Built]) -> Built:
         return thread.submit(copy_context().run, _build_on, device, build).result()
 
 
-def _build_on(device: torch.device, build: Callable[[], Built]) -> Built:
+def _build_on(device: torch.device, build: Callable[[], T]) -> T:
     # A new thread begins with device 0, and with a stream that the engine's does not wait for.
     with torch.cuda.device(device):
         built = build()

@@ -83,27 +83,27 @@ def check_carried(params: Any) -> None:
         DiversityError: they carry more than is allowed.
     """
     carried: Mapping[str, Any] = params.extra_args or {}
-    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
-    if policy() is None or (asked is None and named is None):
+    diversity_field, style_field = carried.get(DIVERSITY), carried.get(STYLE)
+    if policy() is None or (diversity_field is None and style_field is None):
         return
-    if seals.is_sealed(carried, params.n, request_context.opened()):
+    if seals.is_sealed(carried, params.n, request_context.http_request_name()):
         return
     limits = _limits(None)
-    if asked is not None:
-        _refuse_excess(limits, parse_field(asked), DIVERSITY, params.n)
-    if named is not None:
-        style = engine.styles().completed(parse_style_field(named))
+    if diversity_field is not None:
+        _refuse_excess(limits, parse_field(diversity_field), DIVERSITY, params.n)
+    if style_field is not None:
+        style = engine.styles().completed(parse_style_field(style_field))
         _refuse_excess(limits, style, STYLE, params.n)
 
 
 def summary() -> dict[str, Any] | None:
     """For the capabilities: the limits of a request whose API key has no entry."""
-    found = policy()
-    if found is None:
+    in_force = policy()
+    if in_force is None:
         return None
     return {
-        "on_excess": found.on_excess,
-        **found.limits([engine.served_model_name()], None).as_dict(),
+        "on_excess": in_force.on_excess,
+        **in_force.limits([engine.served_model_name()], None).as_dict(),
     }
 
 
@@ -125,55 +125,55 @@ def limits(request: Any) -> Limits:
 
 
 def _limits(request: Any) -> Limits:
-    found = policy()
-    assert found is not None
-    asked = getattr(request, "model", None) or ""
-    names = [asked, engine.served_model_name()]
-    if (taken := request_context.adapter()) is not None:
+    in_force = policy()
+    assert in_force is not None
+    model = getattr(request, "model", None) or ""
+    names = [model, engine.served_model_name()]
+    if (chosen := request_context.adapter()) is not None:
         # The same caps apply as when a client requests the adapter by name.
-        names.insert(0, taken.adapter.model)
-    return found.limits(names, key_digest())
+        names.insert(0, chosen.adapter.model)
+    return in_force.limits(names, key_digest())
 
 
 def _within(
     limits: Limits,
-    asked: policies.Asked,
+    requested: policies.Field,
     request: Any,
     name: str,
     clamped: dict[str, Mapping[str, float]],
-) -> policies.Asked:
+) -> policies.Field:
     """Apply the limits. Excess in keys that the request does not name is lowered even under
     `on_excess: reject`."""
-    found = policy()
-    assert found is not None
-    parameter, named = _given_keys(request, name)
-    _refuse_what_cannot_be_lowered(limits, asked, parameter, _choices(request))
-    excess = {key: cap for key, cap in limits.excess(asked).items() if key in named}
-    if excess and found.on_excess == policies.REJECT:
+    in_force = policy()
+    assert in_force is not None
+    parameter, named_keys = _given_keys(request, name)
+    _refuse_what_cannot_be_lowered(limits, requested, parameter, _choices(request))
+    excess = {key: cap for key, cap in limits.excess(requested).items() if key in named_keys}
+    if excess and in_force.on_excess == policies.REJECT:
         key, cap = next(iter(excess.items()))
-        raise _error(f"{parameter}.{key}", policies.numbers(asked)[key], f"at most {cap:g}")
+        raise _error(f"{parameter}.{key}", policies.numbers(requested)[key], f"at most {cap:g}")
     if excess:
-        clamped[name] = {key: policies.numbers(asked)[key] for key in excess}
-    return limits.lowered(asked)
+        clamped[name] = {key: policies.numbers(requested)[key] for key in excess}
+    return limits.lowered(requested)
 
 
 def _refuse_excess(
-    limits: Limits, asked: spec.Diversity | spec.Style, name: str, choices: int
+    limits: Limits, requested: spec.Diversity | spec.Style, name: str, choices: int
 ) -> None:
-    _refuse_what_cannot_be_lowered(limits, asked, name, choices)
-    for key, cap in limits.excess(asked).items():
-        raise _error(f"{name}.{key}", policies.numbers(asked)[key], f"at most {cap:g}")
+    _refuse_what_cannot_be_lowered(limits, requested, name, choices)
+    for key, cap in limits.excess(requested).items():
+        raise _error(f"{name}.{key}", policies.numbers(requested)[key], f"at most {cap:g}")
 
 
 def _refuse_what_cannot_be_lowered(
-    limits: Limits, asked: spec.Diversity | spec.Style, parameter: str, choices: int
+    limits: Limits, requested: spec.Diversity | spec.Style, parameter: str, choices: int
 ) -> None:
     """Refuses a law, a style or a group size that is not allowed."""
-    if (refused := limits.refusal_of(asked)) is not None:
+    if (refused := limits.refusal_of(requested)) is not None:
         key, value, accepted = refused
         raise _error(f"{parameter}.{key}", value, accepted)
-    if isinstance(asked, spec.Diversity) and not limits.allows_group(asked, choices):
-        size, most = policies.size_of_group(asked, choices), limits.group_size
+    if isinstance(requested, spec.Diversity) and not limits.allows_group(requested, choices):
+        size, most = policies.size_of_group(requested, choices), limits.group_size
         accepted = f"groups of at most {most:g}" if most != 1 else "no group"
         raise _error(f"{parameter}.{spec.GROUP}", f"a group of {size}", accepted)
 

@@ -30,14 +30,14 @@ class Snapshot(Protocol[ReadState]):
         ...
 
 
-class Preempted(Generic[State]):
+class PreemptedStates(Generic[State]):
     """States of requests by identity, which is stable across preemptions. All states of one engine
     have the same shape and type."""
 
     def __init__(self) -> None:
         self._identity: dict[int, str] = {}
         self._slot: dict[str, int] = {}
-        self._unseen: dict[int, State | None] = {}
+        self._not_in_snapshot: dict[int, State | None] = {}
         """By slot, for requests that are in no snapshot yet: the state they resumed with."""
         self._leaving: deque[tuple[str, Snapshot[State], int]] = deque()
         self._store = _Store[State]()
@@ -64,7 +64,7 @@ class Preempted(Generic[State]):
             self._collect(wait=True)
             resumed = self._store.take(identity)
         self._identity[slot], self._slot[identity] = identity, slot
-        self._unseen[slot] = resumed
+        self._not_in_snapshot[slot] = resumed
         return resumed
 
     def leave(self, slot: int) -> None:
@@ -73,16 +73,16 @@ class Preempted(Generic[State]):
         if identity is None:
             return
         del self._slot[identity]
-        if slot in self._unseen:
-            if (state := self._unseen.pop(slot)) is not None:
+        if slot in self._not_in_snapshot:
+            if (state := self._not_in_snapshot.pop(slot)) is not None:
                 self._store.put(identity, state)
         elif self._snapshot is not None:
             self._leaving.append((identity, self._snapshot, slot))
 
-    def saw(self, snapshot: Snapshot[State]) -> None:
-        """Records the snapshot after a step."""
+    def record(self, snapshot: Snapshot[State]) -> None:
+        """Keep the snapshot after a step, from which the states of requests that leave are read."""
         self._snapshot = snapshot
-        self._unseen.clear()
+        self._not_in_snapshot.clear()
         self._collect(wait=False)
 
     def _collect(self, *, wait: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Base
 
 from dftserve_vllm import engine, groups, is_disabled, policy
-from dftserve_vllm.extra_args import active, asked, is_greedy, too_many_stop_ids
+from dftserve_vllm.extra_args import active_request, is_greedy, requested_fields, too_many_stop_ids
 from dftserve_vllm.memory_pools import outside_pools
 from dftserve_vllm.styles import Styles
 
@@ -30,17 +30,17 @@ else:
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from dftserve_vllm.request_stats import RequestStats
+    from dftserve_vllm.worker_state import WorkerState
 
 # The processor of each engine in this process. With both the entry point and --logits-processors,
 # vLLM constructs it twice; the second instance must not change the rows again.
 _made: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
-def stats_of(vllm_config: Any) -> "RequestStats | None":
+def state_of(vllm_config: Any) -> "WorkerState | None":
     """The state of this engine's processor; None if it has none."""
-    made = _made.get(id(vllm_config))
-    return None if made is None else made.stats
+    processor = _made.get(id(vllm_config))
+    return None if processor is None else processor.state
 
 
 class DiversityProcessor(*_BASES):
@@ -87,7 +87,7 @@ def _check(sampling_params: "SamplingParams") -> None:
     """
     policy.check_carried(sampling_params)
     styles = engine.styles()
-    diversity, style = asked(sampling_params, styles)
+    diversity, style = requested_fields(sampling_params, styles)
     if style is not None and (reason := styles.refusal_of(style)) is not None:
         raise ValueError(reason)
     if is_greedy(sampling_params):
@@ -107,21 +107,21 @@ def _refusal_of_sampling(params: "SamplingParams", styles: Styles) -> str | None
     Raises:
         ValueError: the workers could not read it.
     """
-    is_active = active(params, temperature_applied=False, styles=styles) is not None
+    is_active = active_request(params, temperature_applied=False, styles=styles) is not None
     return too_many_stop_ids(params) if is_active else None
 
 
-def _runner_base(given: tuple[Any, ...]) -> type:
+def _runner_base(arguments: tuple[Any, ...]) -> type:
     """The base class of the runner that constructs us: only V2 passes its request state."""
-    is_v2 = any(isinstance(one, _V2_STATE) for one in given)
+    is_v2 = any(isinstance(one, _V2_STATE) for one in arguments)
     return _BASES[-1] if is_v2 else V1Base
 
 
-def _device(given: tuple[Any, ...]) -> torch.device:
+def _device(arguments: tuple[Any, ...]) -> torch.device:
     """The device that the runner passes: V1 by itself, V2 in its request state. The CPU if it is
     missing, which the processor's constructor reports."""
-    carried = (getattr(each, "device", each) for each in given)
-    return next((each for each in carried if isinstance(each, torch.device)), torch.device("cpu"))
+    devices = (getattr(each, "device", each) for each in arguments)
+    return next((each for each in devices if isinstance(each, torch.device)), torch.device("cpu"))
 
 
 def _inert(base: type) -> Any:

@@ -24,7 +24,7 @@ from dftserve.sampling.slots import (
 )
 from dftserve.spec import MOST_TRACED, Diversity, Style
 from dftserve_vllm import seals
-from dftserve_vllm.adapters import Adapter, Chosen
+from dftserve_vllm.adapters import Adapter, ChosenAdapter
 from dftserve_vllm.extra_args import DIVERSITY, STYLE
 from dftserve_vllm.step_report import Payload
 
@@ -67,8 +67,8 @@ class Trace:
         self.budget.left -= tokens
         for row_F in last_tokens_of_row(row_X or (), tokens):
             for name, column in TRACED.items():
-                known = None if row_F is None else round(row_F[column], 4)
-                self.columns[name].append(known)
+                value = None if row_F is None else round(row_F[column], 4)
+                self.columns[name].append(value)
 
 
 @dataclass(eq=False)
@@ -145,7 +145,7 @@ class PromptContext:
     style: Style | None = None
     has_diversity: bool = True
     """Whether the answer has a `diversity` object: it was requested, or is the default."""
-    adapter: Chosen | None = None
+    adapter: ChosenAdapter | None = None
     """The adapter that the style names, if it names no profile."""
     identity: str | None = None
     """The prompt's `diversity_id` in the engine; None if no row is changed."""
@@ -155,7 +155,7 @@ class PromptContext:
         self.choices = [self._choice() for _ in range(self.count)]
         has_style = self.style is not None and not self.style.is_off
         if self.reason is None and (has_style or not self.diversity.is_off):
-            self.identity = seals.sealed_name(self.carried(), self.count, opened())
+            self.identity = seals.sealed_name(self.carried(), self.count, http_request_name())
             _prompts[self.identity] = self
 
     def _choice(self) -> ChoiceStatistics:
@@ -168,10 +168,10 @@ class PromptContext:
 
     def carried(self) -> dict[str, Any]:
         """What is sent to the engine: the object forms."""
-        found: dict[str, Any] = {DIVERSITY: self.diversity.as_dict()}
+        fields: dict[str, Any] = {DIVERSITY: self.diversity.as_dict()}
         if self.style is not None and not self.style.is_off:
-            found[STYLE] = self.style.as_dict()
-        return found
+            fields[STYLE] = self.style.as_dict()
+        return fields
 
     def effective(self, *, with_texts: bool = True) -> dict[str, dict[str, Any]]:
         """The object form of what is in force, by field.
@@ -211,7 +211,7 @@ class RequestContext:
     """The events for which it was counted: see `is_first`."""
     adapters: tuple[Adapter, ...] = ()
     """The adapters that a style may name on this route."""
-    adapter: Chosen | None = None
+    adapter: ChosenAdapter | None = None
     """The adapter selected for this request."""
     trace_budget: TraceBudget = field(default_factory=TraceBudget)
     name: str = field(default_factory=seals.fresh_name, init=False)
@@ -243,8 +243,8 @@ current: ContextVar[RequestContext | None] = ContextVar("dftserve_request", defa
 def generates() -> bool:
     """Whether the current HTTP request generates tokens; only then is it counted and logged. A
     router may render each request before it forwards it, and it would be counted twice."""
-    opened = current.get()
-    return opened is None or not opened.is_render
+    context = current.get()
+    return context is None or not context.is_render
 
 
 def is_first(*event: Hashable) -> bool:
@@ -258,13 +258,13 @@ def is_first(*event: Hashable) -> bool:
     return not is_known
 
 
-def opened() -> str | None:
+def http_request_name() -> str | None:
     """The name of the current HTTP request; None outside a request."""
     context = current.get()
     return None if context is None else context.name
 
 
-def adapter() -> Chosen | None:
+def adapter() -> ChosenAdapter | None:
     """The adapter selected for the current HTTP request."""
     context = current.get()
     return None if context is None else context.adapter
@@ -279,7 +279,7 @@ _INDEX = re.compile("[0-9]{0,6}")
 def take_choice(identity: object) -> ChoiceStatistics | None:
     """The choice that `extra_args` identifies to the engine (see `extra_args.of_choice`), returned
     only once; None if the identity is of no request in progress here, or was taken before."""
-    _, choice = _named(identity)
+    _, choice = _lookup(identity)
     if choice is None or choice.is_taken:
         return None
     choice.is_taken = True
@@ -293,7 +293,7 @@ def next_turn(identity: object) -> ChoiceStatistics | None:
     The Responses API sends a further request after each call of a built-in tool, with the first
     one's parameters, and gives one answer.
     """
-    prompt, choice = _named(identity)
+    prompt, choice = _lookup(identity)
     context = current.get()
     if choice is None or context is None or prompt not in context.prompts:
         return None
@@ -302,7 +302,7 @@ def next_turn(identity: object) -> ChoiceStatistics | None:
     return turn
 
 
-def _named(identity: object) -> tuple[PromptContext | None, ChoiceStatistics | None]:
+def _lookup(identity: object) -> tuple[PromptContext | None, ChoiceStatistics | None]:
     name, _, index = identity.partition(".") if isinstance(identity, str) else ("", "", "")
     if (prompt := _prompts.get(name)) is None or not _INDEX.fullmatch(index):
         return None, None

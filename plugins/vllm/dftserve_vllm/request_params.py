@@ -61,48 +61,70 @@ def honour(to_sampling_params: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(to_sampling_params)
     def wrapped(request: Any, *args: Any, **kwargs: Any) -> Any:
-        with audit.refusals(request):
-            return decide(request, *args, **kwargs)
+        defaults = (args[1] if len(args) > 1 else kwargs.get(DEFAULTS)) or {}
 
-    def decide(request: Any, *args: Any, **kwargs: Any) -> Any:
-        given = (args[1] if len(args) > 1 else kwargs.get(DEFAULTS)) or {}
-
-        def params_with(defaults: Any) -> Any:
+        def params_with(defaults: dict[str, Any]) -> Any:
             if len(args) > 1:
                 return to_sampling_params(request, args[0], defaults, *args[2:], **kwargs)
             return to_sampling_params(request, *args, **{**kwargs, DEFAULTS: defaults})
 
-        def params_for(diversity: spec.Diversity) -> tuple[Any, dict[str, Any]]:
-            defaults, dropped = _without_cuts(request, given, diversity)
-            return params_with(defaults), dropped
-
-        allowed = _allowed(request)
-        asked, style = allowed.diversity, allowed.style
-        diversity = asked or _fitting_default(request, style, params_for)
-        adapter = request_context.adapter()
-        if diversity is None and style is None and adapter is None:
-            return _stripped(params_with(given))
-        has_diversity, diversity = diversity is not None, diversity or OFF
-        if not diversity.is_off and (reason := engine.refusal_of(diversity)):
-            raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
-        context = {"style": style, "has_diversity": has_diversity, "clamped": allowed.clamped}
-        if adapter is not None:
-            context |= {"adapter": adapter, "clamped": {**allowed.clamped, **adapter.clamped}}
-        prompt = partial(PromptContext, **context)
-        if (reason := clash(diversity, style)) is not None:
-            raise _bad_request(reason, STYLE)
-        if diversity.is_off and (style is None or style.is_off):
-            params = _stripped(params_with(given))
-            _note(request, prompt(diversity, params.n))
-            return params
-        params, dropped = params_for(diversity)
-        return _marked(request, params, diversity, partial(prompt, dropped=dropped))
+        with audit.refusals(request):
+            return _params_with_fields(request, defaults, params_with)
 
     setattr(wrapped, HONOURS, True)
     return wrapped
 
 
-def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
+def _params_with_fields(
+    request: Any, defaults: dict[str, Any], params_with: Callable[[dict[str, Any]], Any]
+) -> Any:
+    """The request's SamplingParams, with what the workers have to know of its fields.
+
+    Args:
+        defaults: the model's sampling defaults, and the operator's.
+        params_with: makes vLLM's SamplingParams of the request with such defaults.
+
+    Raises:
+        VLLMValidationError: a 400; the request's fields cannot be honoured.
+    """
+
+    def params_for(diversity: spec.Diversity) -> tuple[Any, dict[str, Any]]:
+        kept, dropped = _without_cuts(request, defaults, diversity)
+        return params_with(kept), dropped
+
+    allowed = _allowed(request)
+    style = allowed.style
+    diversity = allowed.diversity or _compatible_default(request, style, params_for)
+    if diversity is None and style is None and request_context.adapter() is None:
+        return _without_our_keys(params_with(defaults))
+    context_with = _context_of(allowed, has_diversity=diversity is not None)
+    diversity = diversity or OFF
+    if not diversity.is_off and (reason := engine.refusal_of(diversity)):
+        raise _bad_request(f"{DIVERSITY}: {reason}.", DIVERSITY)
+    if (reason := clash(diversity, style)) is not None:
+        raise _bad_request(reason, STYLE)
+    if diversity.is_off and (style is None or style.is_off):
+        params = _without_our_keys(params_with(defaults))
+        _record(request, context_with(diversity, params.n))
+        return params
+    params, dropped = params_for(diversity)
+    return _for_workers(request, params, diversity, partial(context_with, dropped=dropped))
+
+
+def _context_of(allowed: policy.Allowed, *, has_diversity: bool) -> Callable[..., PromptContext]:
+    """Makes the request's `PromptContext` from the diversity in force and the number of choices."""
+    adapter = request_context.adapter()
+    clamped = allowed.clamped if adapter is None else {**allowed.clamped, **adapter.clamped}
+    return partial(
+        PromptContext,
+        style=allowed.style,
+        has_diversity=has_diversity,
+        clamped=clamped,
+        adapter=adapter,
+    )
+
+
+def select_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps `BaseServing._maybe_get_adapters`, selecting the adapter that a style names.
 
     It runs before `honour`. On a route that does not call it, no adapter is known, and `honour`
@@ -111,58 +133,65 @@ def take_adapter(maybe_get_adapters: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(maybe_get_adapters)
     def wrapped(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        found = maybe_get_adapters(serving, request, *args, **kwargs)
+        of_model = maybe_get_adapters(serving, request, *args, **kwargs)
         current = request_context.current.get()
         if current is None or not _is_honoured(request):
-            return found
+            return of_model
         current.adapters = adapters.served(serving.models)
         if not current.adapters:
-            return found
+            return of_model
         with audit.refusals(request):
-            current.adapter = choose(request, found)
+            current.adapter = _adapter_of_style(request, of_model)
         if current.adapter is None:
-            return found
+            return of_model
         return serving.models.lora_requests[current.adapter.adapter.model]
 
-    def choose(request: Any, found: Any) -> adapters.Chosen | None:
-        style = _field(request, STYLE, spec.parse_style, parse_style_field)
-        if style is None or style.is_off or style.name not in _adapter_names():
-            return None
-        try:
-            return _chosen(request, style, found)
-        except spec.DiversityError as error:
-            raise _bad_request(str(error), error.parameter) from None
-
     return wrapped
+
+
+def _adapter_of_style(request: Any, of_model: Any) -> adapters.ChosenAdapter | None:
+    """The adapter that the request's style names; None if it names none.
+
+    Args:
+        of_model: the adapter that the request's `model` selects; None without one.
+    """
+    style = _field(request, STYLE, spec.parse_style, parse_style_field)
+    if style is None or style.is_off or style.name not in _adapter_names():
+        return None
+    try:
+        return _choose_adapter(request, style, of_model)
+    except spec.DiversityError as error:
+        raise _bad_request(str(error), error.parameter) from None
 
 
 def _is_honoured(request: Any) -> bool:
     """Whether `honour` handles the request's sampling parameters. Looks at the class, since a body
     can set any attribute of the object."""
-    made = getattr(type(request), "to_sampling_params", None)
+    method = getattr(type(request), "to_sampling_params", None)
     is_batch = hasattr(type(request), "to_chat_completion_request")
-    return is_batch or getattr(made, HONOURS, False)
+    return is_batch or getattr(method, HONOURS, False)
 
 
-def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
+def _choose_adapter(request: Any, style: spec.Style, of_model: Any) -> adapters.ChosenAdapter:
     """The adapter for a style that names one.
 
     Args:
-        found: vLLM's own adapter for the request.
+        of_model: as in `_adapter_of_style`.
 
     Raises:
-        DiversityError: there is none that may be taken.
+        DiversityError: there is none that may be used.
     """
-    if found is not None:
+    if of_model is not None:
         accepted = (
-            f"a profile, since `model` already selects the adapter {found.lora_name!r}, and vLLM "
-            "applies one adapter to a request"
+            f"a profile, since `model` already selects the adapter {of_model.lora_name!r}, and "
+            "vLLM applies one adapter to a request"
         )
         raise spec.DiversityError(f"{STYLE}.name", style.name, accepted)
     if style.max_kl is not None:
         accepted = "none with an adapter, whose divergence only its strength can limit"
         raise spec.DiversityError(f"{STYLE}.max_kl", style.max_kl, accepted)
-    if (cap := policy.limits(request).max_kl) is not None:
+    limits = policy.limits(request)
+    if (cap := limits.max_kl) is not None:
         accepted = (
             f"a profile, since the operator's policy caps max_kl at {cap:g}, and an adapter's "
             "divergence has no bound"
@@ -171,8 +200,8 @@ def _chosen(request: Any, style: spec.Style, found: Any) -> adapters.Chosen:
     style = style if style.strength is not None else replace(style, strength=1.0)
     allowed = policy.allowed(request, None, style)
     assert allowed.style is not None
-    taken = adapters.nearest(_known_adapters(), allowed.style, policy.limits(request))
-    return adapters.Chosen(taken, allowed.style, allowed.clamped)
+    adapter = adapters.nearest(_known_adapters(), allowed.style, limits)
+    return adapters.ChosenAdapter(adapter, allowed.style, allowed.clamped)
 
 
 def _known_adapters() -> tuple[adapters.Adapter, ...]:
@@ -197,12 +226,12 @@ def refuse_beam_search(to_beam_search_params: Callable[..., Any]) -> Callable[..
         return to_beam_search_params(request, *args, **kwargs)
 
     def refuse(request: Any) -> None:
-        asked = _asked(request)
+        asked = _requested_diversity(request)
         together = "got it together with use_beam_search, which does not sample; drop one of them"
         _refuse_misspelt(request)
         if asked is not None and not asked.is_off:
             raise _bad_request(f"{DIVERSITY}: {engine.refusal() or together}.", DIVERSITY)
-        style = _asked_style(request)
+        style = _requested_style(request)
         if request_context.adapter() is not None or (style is not None and not style.is_off):
             raise _bad_request(f"{STYLE}: {together}.", STYLE)
 
@@ -213,7 +242,7 @@ def _allowed(request: Any) -> policy.Allowed:
     """The body's fields after the operator's policy was applied."""
     _refuse_misspelt(request)
     try:
-        return policy.allowed(request, _asked(request), _asked_style(request))
+        return policy.allowed(request, _requested_diversity(request), _requested_style(request))
     except spec.DiversityError as error:
         raise _bad_request(str(error), error.parameter) from None
 
@@ -235,15 +264,17 @@ def _refuse_misspelt(request: Any) -> None:
         raise _bad_request(message, name)
 
 
-def _slips(given: Mapping[str, object] | None, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _slips(
+    values: Mapping[str, object] | None, names: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
     """The keys that are a slip of a name, each with that name."""
-    for key, value in islice((given or {}).items(), MOST_UNKNOWN):
+    for key, value in islice((values or {}).items(), MOST_UNKNOWN):
         for name in names:
             if value is not None and spec.is_slip_of(key, name):
                 yield key, name
 
 
-def _asked(request: Any) -> spec.Diversity | None:
+def _requested_diversity(request: Any) -> spec.Diversity | None:
     """The requested diversity, from the top level or from vllm_xargs; None if there is none."""
     return _field(request, DIVERSITY, _or_human(spec.parse), _or_human(parse_field))
 
@@ -257,7 +288,7 @@ def _or_human(parse: Callable[[object, str], spec.Diversity]) -> Callable[..., s
     return parsed
 
 
-def _asked_style(request: Any) -> spec.Style | None:
+def _requested_style(request: Any) -> spec.Style | None:
     """The requested style, completed with its profile's numbers; refused if it cannot be honoured.
     None also if it names the selected adapter, which leaves nothing to do for the sampler."""
     style = _field(request, STYLE, spec.parse_style, parse_style_field)
@@ -269,22 +300,22 @@ def _asked_style(request: Any) -> spec.Style | None:
     others = _adapter_names()
     if style.is_off and style.name in others:
         return style
-    if (taken := request_context.adapter()) is not None and taken.asked.name == style.name:
+    if (chosen := request_context.adapter()) is not None and chosen.requested.name == style.name:
         return None
     if (reason := styles.refusal_of(style, others=others)) is not None:
         raise _bad_request(reason, reason.partition(":")[0])
     return styles.completed(style)
 
 
-Asked = TypeVar("Asked", spec.Diversity, spec.Style)
+Field = TypeVar("Field", spec.Diversity, spec.Style)
 
 
 def _field(
     request: Any,
     name: str,
-    parse: Callable[[object], Asked],
-    parse_argument: Callable[[object, str], Asked],
-) -> Asked | None:
+    parse: Callable[[object], Field],
+    parse_argument: Callable[[object, str], Field],
+) -> Field | None:
     top = (request.model_extra or {}).get(name)
     argument = (getattr(request, "vllm_xargs", None) or {}).get(name)
     try:
@@ -301,7 +332,7 @@ def _field(
     return first or second
 
 
-def _fitting_default(
+def _compatible_default(
     request: Any,
     style: spec.Style | None,
     params_for: Callable[[spec.Diversity], tuple[Any, dict[str, Any]]],
@@ -384,28 +415,32 @@ def _refusal(request: Any, params: Any, diversity: spec.Diversity) -> tuple[str,
     return None
 
 
-def _marked(
+def _for_workers(
     request: Any,
     params: Any,
     diversity: spec.Diversity,
-    prompt_with: Callable[..., PromptContext],
+    context_with: Callable[..., PromptContext],
 ) -> Any:
-    """The parameters, with the diversity and the style added for the workers."""
+    """The parameters, with the diversity and the style added for the workers.
+
+    Args:
+        context_with: as `_context_of` returns it.
+    """
     if (refusal := _refusal(request, params, diversity)) is not None:
         raise _bad_request(*refusal)
     if is_greedy(params):
         reason = "temperature 0 stays greedy"
-        _note(request, prompt_with(diversity, params.n, dropped={}, reason=reason))
-        return _stripped(params)
+        _record(request, context_with(diversity, params.n, dropped={}, reason=reason))
+        return _without_our_keys(params)
     if params.min_p > 0:
         # The guard takes it over, at temperature 1 and before any heat: see docs/maths.md.
         diversity = replace(diversity, min_p=float(params.min_p))
         params.min_p = 0.0
-    prompt = prompt_with(diversity, params.n)
-    _note(request, prompt)
+    prompt = context_with(diversity, params.n)
+    _record(request, prompt)
     if not diversity.is_off:
         metrics.metrics().count_request(diversity.law)
-    params = _stripped(params)
+    params = _without_our_keys(params)
     if prompt.style is not None and not prompt.style.is_off:
         metrics.metrics().count_style(prompt.style.name)
     carried = {**prompt.carried(), IDENTITY: prompt.identity}
@@ -413,7 +448,7 @@ def _marked(
     return params
 
 
-def _stripped(params: Any) -> Any:
+def _without_our_keys(params: Any) -> Any:
     """Remove our keys: off is off, and a client cannot choose an identity."""
     ours = (DIVERSITY, STYLE, IDENTITY)
     if params.extra_args and any(name in params.extra_args for name in ours):
@@ -422,7 +457,7 @@ def _stripped(params: Any) -> Any:
     return params
 
 
-def _note(request: Any, prompt: PromptContext) -> None:
+def _record(request: Any, prompt: PromptContext) -> None:
     audit.note(request, prompt)
     if prompt.clamped:
         metrics.metrics().count_clamped()

@@ -36,25 +36,25 @@ class ResponseMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        opened = request_context.RequestContext(
+        context = request_context.RequestContext(
             scope.get("headers", ()), is_render=scope["path"].endswith(RENDER)
         )
-        token = request_context.current.set(opened)
+        token = request_context.current.set(context)
         try:
-            await self._app(scope, receive, _Response(opened, send))
+            await self._app(scope, receive, _Response(context, send))
         except Exception:
-            opened.status = opened.status or UNHANDLED
+            context.status = context.status or UNHANDLED
             raise
         finally:
-            audit.write_notes(opened)
+            audit.write_notes(context)
             request_context.current.reset(token)
 
 
 class _Response:
     """`send` for one request: passes messages on until a successful answer with prompts starts."""
 
-    def __init__(self, opened: request_context.RequestContext, send: Send) -> None:
-        self._context = opened
+    def __init__(self, context: request_context.RequestContext, send: Send) -> None:
+        self._context = context
         self._send = send
         self._start: Message = {}
         self._body: list[bytes] = []
@@ -78,8 +78,8 @@ class _Response:
         await self._send(message)
 
     async def _begin(self, message: Message) -> None:
-        given = dict(message["headers"])
-        content_type = given.get(b"content-type", b"")
+        received = dict(message["headers"])
+        content_type = received.get(b"content-type", b"")
         if message["status"] >= 400:
             await self._send(message)
             return
@@ -90,7 +90,7 @@ class _Response:
         ]
         headers = [*message["headers"], *added]
         self._start = {**message, "headers": headers}
-        if given.get(b"content-encoding", b"identity") != b"identity":
+        if received.get(b"content-encoding", b"identity") != b"identity":
             # Compressed by an inner middleware: the bytes are neither JSON nor events.
             await self._send(self._start)
         elif content_type.startswith(b"text/event-stream"):
@@ -124,8 +124,8 @@ class _Response:
 
     def _marked(self, event: bytes) -> bytes:
         """The event, with the fields' objects added if it is the one that carries them."""
-        prefix, found, data = event.partition(b"data: ")
-        if self._handle is _Response._pass_on or not found or not data.startswith(b"{"):
+        prefix, label, data = event.partition(b"data: ")
+        if self._handle is _Response._pass_on or not label or not data.startswith(b"{"):
             return event
         content = json.loads(data)
         if isinstance(response := content.get("response"), dict) and response.get("usage"):
@@ -136,7 +136,7 @@ class _Response:
         else:
             return event
         self._handle = _Response._pass_on
-        return prefix + found + data
+        return prefix + label + data
 
     def _is_last(self, content: dict[str, Any]) -> bool:
         if "choices" not in content:  # /v1/messages: the event with usage and a stop reason

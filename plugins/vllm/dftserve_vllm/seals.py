@@ -30,19 +30,19 @@ def fresh_name() -> str:
     return f"{os.getpid():x}-{_start}-{next(_numbers):x}"
 
 
-def sealed_name(carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
+def sealed_name(carried: Mapping[str, Any], choices: int, http_request: str | None) -> str:
     """A fresh name, sealed together with what was approved.
 
     Args:
         carried: the diversity and the style, in any form that the fields accept.
         choices: how many were requested.
-        opened: the name of the HTTP request; None outside a request.
+        http_request: the name of the HTTP request; None outside a request.
     """
     name = fresh_name()
-    return f"{name}-{_seal(name, carried, choices, opened)}"
+    return f"{name}-{_seal(name, carried, choices, http_request)}"
 
 
-def is_sealed(carried: Mapping[str, Any], choices: int, opened: str | None) -> bool:
+def is_sealed(carried: Mapping[str, Any], choices: int, http_request: str | None) -> bool:
     """Whether the extra_args have a name that this process sealed with these values.
 
     Raises:
@@ -52,16 +52,16 @@ def is_sealed(carried: Mapping[str, Any], choices: int, opened: str | None) -> b
     if not isinstance(identity, str):
         return False
     name, _, seal = identity.rpartition("-")
-    expected = _seal(name, carried, choices, opened)
+    expected = _seal(name, carried, choices, http_request)
     return hmac.compare_digest(seal.encode(errors="replace"), expected.encode())
 
 
-def _seal(name: str, carried: Mapping[str, Any], choices: int, opened: str | None) -> str:
+def _seal(name: str, carried: Mapping[str, Any], choices: int, http_request: str | None) -> str:
     """The MAC, over the form that the workers will read: JSON in between may turn 1.0 into 1, and
     the reader fills in defaults that the sender left out."""
-    asked, named = carried.get(DIVERSITY), carried.get(STYLE)
-    diversity = None if asked is None else parse_field(asked).as_dict()
-    style = None if named is None else parse_style_field(named).as_dict()
-    content = [name, diversity, style, choices, opened]
+    diversity_field, style_field = carried.get(DIVERSITY), carried.get(STYLE)
+    diversity = None if diversity_field is None else parse_field(diversity_field).as_dict()
+    style = None if style_field is None else parse_style_field(style_field).as_dict()
+    content = [name, diversity, style, choices, http_request]
     message = json.dumps(content, sort_keys=True).encode()
     return hmac.digest(_secret, message, hashlib.sha256)[:_SEAL_BYTES].hex()

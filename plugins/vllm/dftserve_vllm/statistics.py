@@ -43,7 +43,7 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
     Returns:
         For each choice among them: its request's id, its statistics, whether it was aborted.
     """
-    found: list[Ended] = []
+    with_choice: list[Ended] = []
     for output in outputs:
         with logged_once("statistics are not collected, and answers have null"):
             payload = step_report.take(output)
@@ -58,10 +58,10 @@ def collect(output_processor: Any, outputs: Sequence[Any]) -> list[Ended]:
             if row is not None:
                 choice.payload = payload
             if choice.trace is not None:
-                known = None if payload is None or "failed" in payload else row
-                choice.trace.add(known, len(output.new_token_ids))
-            found.append((output.request_id, choice, str(output.finish_reason) == "abort"))
-    return found
+                traced = None if payload is None or "failed" in payload else row
+                choice.trace.add(traced, len(output.new_token_ids))
+            with_choice.append((output.request_id, choice, str(output.finish_reason) == "abort"))
+    return with_choice
 
 
 def count_ended(output_processor: Any, choices: Sequence[Ended]) -> None:

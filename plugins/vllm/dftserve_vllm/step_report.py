@@ -34,7 +34,7 @@ class StepReport:
 
     positions: Array
     """int64, each request's position in the batch."""
-    always: NDArray[np.bool_]
+    reports_each_step: NDArray[np.bool_]
     """Whether a request's row is sent at every step: the request may end at a stop string, which
     only the API process sees, or it is traced."""
     rows: bytes
@@ -55,7 +55,7 @@ class PendingReport:
     """A report whose copy to the host may still be in progress."""
 
     positions: Array
-    always: NDArray[np.bool_]
+    reports_each_step: NDArray[np.bool_]
     slots: Array
     """int64, of the active requests."""
     snapshot: Snapshot
@@ -66,7 +66,7 @@ class PendingReport:
         self.snapshot.copy.wait()
         rows = self.snapshot.rows(self.slots).tobytes()
         counts = self.faults, self.snapshot.invalid
-        return StepReport(self.positions, self.always, rows, *counts)
+        return StepReport(self.positions, self.reports_each_step, rows, *counts)
 
 
 def attach(output: Any, pending: PendingReport | None) -> None:
@@ -93,7 +93,7 @@ class Forwarder:
         if report is None:
             return
         rises = self._rises(report)
-        sends_all = bool(report.always.any())
+        sends_all = bool(report.reports_each_step.any())
         if not (rises or sends_all or any(map(_some_end, outputs.values()))):
             return
         # It is not known which rows a fault left unchanged: no trace gets statistics for this step.
@@ -105,7 +105,9 @@ class Forwarder:
             if not (rises or sends_all or output.finish_reason is not None):
                 continue
             row = row_of.get(position_of.get(output.request_id, -1))
-            if row is not None and (output.finish_reason is not None or report.always[row]):
+            if row is not None and (
+                output.finish_reason is not None or report.reports_each_step[row]
+            ):
                 put(output, {"row": report.row(row), "engine": self._engine} | rises | failed)
             elif rises:
                 put(output, {"engine": self._engine} | rises)

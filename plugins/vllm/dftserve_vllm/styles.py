@@ -71,28 +71,26 @@ class Styles:
             raise ValueError(reason)
         index = self._index(style.name)
         assert index is not None
-        profile = self.profiles[index]
-        return StyleControls(
-            profile=index,
-            strength=profile.strength if style.strength is None else style.strength,
-            max_kl=profile.max_kl if style.max_kl is None else style.max_kl,
-        )
+        return StyleControls(profile=index, **_completed_numbers(style, self.profiles[index]))
 
     def completed(self, style: spec.Style) -> spec.Style:
         """The style with the profile's own numbers where the request gives none."""
         index = self._index(style.name)
         if index is None:
             return style
-        profile = self.profiles[index]
-        return spec.Style(
-            name=style.name,
-            strength=profile.strength if style.strength is None else style.strength,
-            max_kl=profile.max_kl if style.max_kl is None else style.max_kl,
-        )
+        return spec.Style(name=style.name, **_completed_numbers(style, self.profiles[index]))
 
     def _index(self, name: str) -> int | None:
         names = [profile.name for profile in self.profiles]
         return names.index(name) if name in names else None
+
+
+def _completed_numbers(style: spec.Style, profile: "Profile") -> dict[str, float]:
+    """A style's strength and max_kl, from its profile where the request gives none."""
+    return {
+        "strength": profile.strength if style.strength is None else style.strength,
+        "max_kl": profile.max_kl if style.max_kl is None else style.max_kl,
+    }
 
 
 NONE = Styles()
@@ -131,17 +129,17 @@ def _load(folder: Path, identity: vocabulary.Identity) -> Styles:
 
         model_config = identity.model_config
         reader = Reader.of(vocabulary.tokenizer(model_config), int(model_config.get_vocab_size()))
-        made, found = load(folder, reader.check)
+        profiles, refusals = load(folder, reader.check)
     except Exception:  # May run the model's own code; the server must start.
         logger.warning("styles: none are available", exc_info=True)
         return Styles(
             unavailable=f"no style could be loaded ({spec.STYLES_VARIABLE}); the log says why"
         )
     refused: dict[str, str] = {}
-    for each in found:
+    for each in refusals:
         # The log has the whole path; clients see only the file's name.
         refused.setdefault(each.name, each.public_reason)
         logger.warning("styles: %r is refused: %s", each.name, each.reason)
-    names = ", ".join(profile.name for profile in made)
+    names = ", ".join(profile.name for profile in profiles)
     logger.info("styles: %s", names or f"no profile in {folder} is in force")
-    return Styles(made, refused)
+    return Styles(profiles, refused)

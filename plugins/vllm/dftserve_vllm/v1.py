@@ -23,9 +23,9 @@ from dftserve.sampling.staging import PinnedStaging
 from dftserve.sampling.style import depth_of
 from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.dry import HostRepeats
-from dftserve_vllm.extra_args import Active, active
-from dftserve_vllm.request_stats import RequestStats
+from dftserve_vllm.extra_args import ActiveRequest, active_request
 from dftserve_vllm.step_report import Array
+from dftserve_vllm.worker_state import WorkerState
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -45,12 +45,14 @@ class _Requests:
         self.reads_last_token_S = np.zeros(slots, bool)
         self.has_style_S = np.zeros(slots, bool)
 
-    def put(self, slot: int, asked: Active, prompt_end: int, output_ids: list[int]) -> None:
+    def put(
+        self, slot: int, request: ActiveRequest, prompt_end: int, output_ids: list[int]
+    ) -> None:
         self.outputs[slot] = output_ids
         self.prompt_end_S[slot] = prompt_end
-        self.reports_each_step_S[slot] = asked.reports_each_step
-        self.reads_last_token_S[slot] = asked.controls.reads_last_token
-        self.has_style_S[slot] = asked.controls.has_style
+        self.reports_each_step_S[slot] = request.reports_each_step
+        self.reads_last_token_S[slot] = request.controls.reads_last_token
+        self.has_style_S[slot] = request.controls.has_style
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class V1Processor(LogitsProcessor):
         self._styles = styles.of_engine(vllm_config)
         profiles = self._styles.profiles
         classes = vocabulary.token_classes(vllm_config)
-        self.stats = RequestStats(capacity, 1, device, classes, profiles)
+        self.state = WorkerState(capacity, 1, device, classes, profiles)
         self._text = _TextEnds(capacity, depth_of(profiles)) if profiles else None
         self._repeats = HostRepeats(vocabulary.breakers(vllm_config), self._staging)
         self._free = list(range(capacity))
@@ -151,13 +153,13 @@ class V1Processor(LogitsProcessor):
         """Process the requests that joined, left and moved. If this fails, the mapping is unknown,
         and no row is changed until its request is added again."""
         if batch_update is not None:
-            with self.stats.isolated(self._drop_all):
+            with self.state.isolated(self._drop_all):
                 self._update(batch_update)
 
     def _update(self, batch_update: BatchUpdate) -> None:
         for index, params, prompt_ids, output_ids in batch_update.added:
             self._remove(index)
-            with self.stats.isolated():
+            with self.state.isolated():
                 self._add(index, params, prompt_ids or [], output_ids)
         for index in batch_update.removed:
             self._remove(index)
@@ -167,18 +169,18 @@ class V1Processor(LogitsProcessor):
     def _add(
         self, index: int, params: "SamplingParams", prompt_ids: list[int], output_ids: list[int]
     ) -> None:
-        asked = active(
+        request = active_request(
             params, temperature_applied=True, arrivals=self._arrivals, styles=self._styles
         )
-        if asked is None:
+        if request is None:
             return
         prompt_end = prompt_ids[-1] if prompt_ids else -1
         slot = self._free.pop()
         try:
-            self.stats.open(slot, asked.identity, len(output_ids), asked.group)
-            self._repeats.open(slot, asked.diversity.dry, prompt_ids)
-            self._controls.put(slot, asked.controls)
-            self._requests.put(slot, asked, prompt_end, output_ids)
+            self.state.open(slot, request.identity, len(output_ids), request.group)
+            self._repeats.open(slot, request.diversity.dry, prompt_ids)
+            self._controls.put(slot, request.controls)
+            self._requests.put(slot, request, prompt_end, output_ids)
             if self._text is not None:
                 self._text.forget(slot)
         except BaseException:
@@ -196,8 +198,8 @@ class V1Processor(LogitsProcessor):
             self._free.append(slot)
             self._controls.clear(slot)
             self._repeats.close(slot)
-            with self.stats.isolated():
-                self.stats.close(slot)
+            with self.state.isolated():
+                self.state.close(slot)
 
     def _move(self, a: int, b: int, *, swap: bool) -> None:
         slot_a, slot_b = self._slots.pop(a, None), self._slots.pop(b, None)
@@ -215,9 +217,9 @@ class V1Processor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if self._slots:
-            with self.stats.isolated():
+            with self.state.isolated():
                 self._apply(logits)
-            with self.stats.isolated():
+            with self.state.isolated():
                 self._report()
         return logits
 
@@ -237,7 +239,7 @@ class V1Processor(LogitsProcessor):
             # A prompt chunk does not lengthen the output, so its sample never counts as accepted:
             # treating all rows as sampling does no harm.
         )
-        self.stats.apply(logits, step, int(self.stats.drawn_by_code(batch.slots).sum()))
+        self.state.apply(logits, step, int(self.state.drawn_by_code(batch.slots).sum()))
 
     def _progress(self, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor | None, Texts | None]:
         """Each row's output length, and its last token and the end of its text where they are
@@ -257,7 +259,7 @@ class V1Processor(LogitsProcessor):
 
     def _report(self) -> None:
         batch = self._batch or self._gather()
-        self.stats.end_step(batch.index, batch.slots, batch.reports_each_step)
+        self.state.end_step(batch.index, batch.slots, batch.reports_each_step)
 
     def _gather(self) -> _Batch:
         requests, positions = self._requests, sorted(self._slots)

@@ -22,8 +22,8 @@ from dftserve.sampling.dry import SlotRepeats
 from dftserve.sampling.step import Penalties
 from dftserve_vllm import styles, vocabulary
 from dftserve_vllm.dry import dry_controls
-from dftserve_vllm.extra_args import active
-from dftserve_vllm.request_stats import RequestStats
+from dftserve_vllm.extra_args import active_request
+from dftserve_vllm.worker_state import WorkerState
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -43,11 +43,11 @@ class V2Processor(LogitsProcessor):
     def __init__(self, vllm_config: "VllmConfig", req_states: LogitsProcRequestState) -> None:
         speculative = vllm_config.speculative_config
         drafts = speculative.num_speculative_tokens if speculative is not None else 0
-        self._states = req_states
+        self._runner_states = req_states
         classes = vocabulary.token_classes(vllm_config)
         slots, device = req_states.max_num_reqs, req_states.device
         self._styles = styles.of_engine(vllm_config)
-        self.stats = RequestStats(slots, 1 + drafts, device, classes, self._styles.profiles)
+        self.state = WorkerState(slots, 1 + drafts, device, classes, self._styles.profiles)
         self._controls = SlotControls(slots, device)
         self._repeats = SlotRepeats(slots, device)
         self._breakers = vocabulary.breakers(vllm_config)
@@ -66,35 +66,37 @@ class V2Processor(LogitsProcessor):
         self._is_active[req_idx] = False
         self._controls.clear(req_idx)
         self._repeats.clear(req_idx)
-        with self.stats.isolated(partial(self._drop, (req_idx,))):
+        with self.state.isolated(partial(self._drop, (req_idx,))):
             self._is_active[req_idx] = self._open(req_idx, sampling_params)
         return bool(self._is_active[req_idx])
 
     def _open(self, slot: int, sampling_params: "SamplingParams") -> bool:
-        asked = active(
+        request = active_request(
             sampling_params,
             temperature_applied=False,
             arrivals=self._arrivals,
             styles=self._styles,
         )
-        if asked is None:
-            self.stats.close(slot)
+        if request is None:
+            self.state.close(slot)
             return False
-        produced = self._states.prefill_len.np[slot] - self._states.prompt_len.np[slot]
-        self.stats.open(slot, asked.identity, int(produced), asked.group)
-        self._reports_each_step[slot] = asked.reports_each_step
-        self._reads_last_token[slot] = asked.controls.reads_last_token
-        self._has_style[slot] = asked.controls.has_style
-        if asked.diversity.dry is not None:
-            self._repeats.put(slot, dry_controls(asked.diversity.dry, self._breakers))
-        self._controls.put(slot, asked.controls)
+        produced = (
+            self._runner_states.prefill_len.np[slot] - self._runner_states.prompt_len.np[slot]
+        )
+        self.state.open(slot, request.identity, int(produced), request.group)
+        self._reports_each_step[slot] = request.reports_each_step
+        self._reads_last_token[slot] = request.controls.reads_last_token
+        self._has_style[slot] = request.controls.has_style
+        if request.diversity.dry is not None:
+            self._repeats.put(slot, dry_controls(request.diversity.dry, self._breakers))
+        self._controls.put(slot, request.controls)
         self._staged.append(slot)
         return True
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' controls to the device; if it fails, their rows stay unchanged."""
         if self._staged:
-            with self.stats.isolated(partial(self._drop, self._staged)):
+            with self.state.isolated(partial(self._drop, self._staged)):
                 self._controls.on_device()
             self._staged.clear()
 
@@ -104,13 +106,13 @@ class V2Processor(LogitsProcessor):
             self._is_active[slot] = False
             self._controls.clear(slot)
             self._repeats.clear(slot)
-            self.stats.close(slot)
+            self.state.close(slot)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        with self.stats.isolated():
+        with self.state.isolated():
             is_active_B = self._is_active[ctx.idx_mapping_np]
             if is_active_B.any():
-                with self.stats.isolated():
+                with self.state.isolated():
                     self._apply(logits, ctx, is_active_B)
                 if 4 * self._verified_rows * logits.shape[1] <= PART_BYTES:
                     self._report(ctx, is_active_B)
@@ -131,19 +133,19 @@ class V2Processor(LogitsProcessor):
             ctx.expanded_local_pos.to(torch.int32),
             # A row's input is the token before it: the last one sampled, or a draft.
             ctx.input_ids.to(torch.int32) if reads_last_token else None,
-            known_S=self._states.prefill_len.gpu.to(torch.int32),
+            known_S=self._runner_states.prefill_len.gpu.to(torch.int32),
             has_idle_rows=not is_active_B.all(),
             texts=self._texts(ctx) if self._has_style[slots].any() else None,
             penalties=self._penalties(ctx, has_dry_B) if has_dry_B.any() else (),
         )
-        drawn_by_code = int(self.stats.drawn_by_code(slots).sum())
-        self.stats.apply(logits, step, self._most_rows(ctx, drawn_by_code))
+        drawn_by_code = int(self.state.drawn_by_code(slots).sum())
+        self.state.apply(logits, step, self._most_rows(ctx, drawn_by_code))
 
     def _texts(self, ctx: LogitsContext) -> Texts:
         """The runner's own tensors: committed tokens by slot; drafts are among the rows' inputs."""
         return Texts(
-            self._states.all_token_ids.gpu,
-            self._states.prompt_len.gpu.to(torch.int32),
+            self._runner_states.all_token_ids.gpu,
+            self._runner_states.prompt_len.gpu.to(torch.int32),
             ctx.pos.to(torch.int64),
             ctx.input_ids.to(torch.int32),
         )
@@ -166,6 +168,6 @@ class V2Processor(LogitsProcessor):
 
     def _report(self, ctx: LogitsContext, is_active_B: np.ndarray) -> None:
         slots = ctx.idx_mapping_np[is_active_B]
-        self.stats.end_step(
+        self.state.end_step(
             np.flatnonzero(is_active_B), slots.astype(np.int64), self._reports_each_step[slots]
         )

@@ -10,7 +10,7 @@ from dftserve.sampling.dry import Breakers
 from dftserve.spec import DRY_BREAKERS, Dry
 from dftserve_vllm.log import logger
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 def token_classes(vllm_config: Any) -> TokenClasses | None:
@@ -23,10 +23,10 @@ def token_classes(vllm_config: Any) -> TokenClasses | None:
     model_config = getattr(vllm_config, "model_config", None)
     if model_config is None:
         return None
-    found = _classes_or_reason(Identity(model_config))
-    if isinstance(found, TokenClasses):
-        return found
-    logger.info("diversity: the law 'words' is not available: %s", found)
+    classes = _classes_or_reason(Identity(model_config))
+    if isinstance(classes, TokenClasses):
+        return classes
+    logger.info("diversity: the law 'words' is not available: %s", classes)
     return None
 
 
@@ -38,8 +38,8 @@ def refusal(vllm_config: Any) -> str | None:
             "under asynchronous scheduling; use --no-async-scheduling or the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
-    found = _classes_or_reason(Identity(vllm_config.model_config))
-    return found if isinstance(found, str) else None
+    classes = _classes_or_reason(Identity(vllm_config.model_config))
+    return classes if isinstance(classes, str) else None
 
 
 def breakers(vllm_config: Any) -> Breakers | None:
@@ -47,8 +47,8 @@ def breakers(vllm_config: Any) -> Breakers | None:
     model_config = getattr(vllm_config, "model_config", None)
     if model_config is None:
         return None
-    found = _breakers_or_reason(Identity(model_config))
-    return found if isinstance(found, Breakers) else None
+    result = _breakers_or_reason(Identity(model_config))
+    return result if isinstance(result, Breakers) else None
 
 
 def dry_refusal(vllm_config: Any, dry: Dry) -> str | None:
@@ -61,10 +61,10 @@ def dry_refusal(vllm_config: Any, dry: Dry) -> str | None:
         )
     if not dry.sequence_breakers:
         return None
-    found = _breakers_or_reason(Identity(vllm_config.model_config))
-    if isinstance(found, Breakers):
+    result = _breakers_or_reason(Identity(vllm_config.model_config))
+    if isinstance(result, Breakers):
         return None
-    return f"{DRY_BREAKERS} need the tokens' text: {found}; an empty list needs none"
+    return f"{DRY_BREAKERS} need the tokens' text: {result}; an empty list needs none"
 
 
 def hides_last_token(vllm_config: Any) -> bool:
@@ -94,16 +94,18 @@ class Identity:
 @lru_cache(maxsize=8)
 def _classes_or_reason(identity: Identity) -> TokenClasses | str:
     """The classes, or why there are none; cached, since it reads the whole vocabulary."""
-    found = _made_or_reason(TokenClasses.from_tokenizer, identity)
-    return f"the law 'words' needs the tokens' text: {found}" if isinstance(found, str) else found
+    result = _from_tokenizer(TokenClasses.from_tokenizer, identity)
+    return (
+        f"the law 'words' needs the tokens' text: {result}" if isinstance(result, str) else result
+    )
 
 
 @lru_cache(maxsize=8)
 def _breakers_or_reason(identity: Identity) -> Breakers | str:
-    return _made_or_reason(Breakers.from_tokenizer, identity)
+    return _from_tokenizer(Breakers.from_tokenizer, identity)
 
 
-def _made_or_reason(make: Callable[[Any], Made], identity: Identity) -> Made | str:
+def _from_tokenizer(make: Callable[[Any], T], identity: Identity) -> T | str:
     """`make` applied to the engine's tokenizer, or why it failed."""
     try:
         return make(tokenizer(identity.model_config))
@@ -122,9 +124,9 @@ def tokenizer(model_config: Any) -> Any:
     """
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    found = cached_tokenizer_from_config(model_config)
-    if found is None:
+    cached = cached_tokenizer_from_config(model_config)
+    if cached is None:
         raise ValueError(
             "the engine runs without a tokenizer (--skip-tokenizer-init); start it with one"
         )
-    return found
+    return cached

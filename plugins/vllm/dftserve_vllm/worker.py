@@ -5,8 +5,8 @@ from typing import Any
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from dftserve_vllm import processor, step_report
-from dftserve_vllm.request_stats import RequestStats
 from dftserve_vllm.step_report import PendingReport
+from dftserve_vllm.worker_state import WorkerState
 
 
 def with_report(worker: Any, output: Any) -> Any:
@@ -16,23 +16,23 @@ def with_report(worker: Any, output: Any) -> Any:
         worker: vLLM's WorkerWrapperBase.
         output: ModelRunnerOutput, AsyncModelRunnerOutput, or None if sampling is still to come.
     """
-    stats = processor.stats_of(getattr(worker, "vllm_config", None))
-    if stats is None:
+    state = processor.state_of(getattr(worker, "vllm_config", None))
+    if state is None:
         return output
-    with stats.isolated():
+    with state.isolated():
         if isinstance(output, AsyncModelRunnerOutput):
-            pending = stats.take_report()
+            pending = state.take_report()
             if pending is not None:
-                _report_when_ready(output, pending, stats)
+                _report_when_ready(output, pending, state)
             return output
         # The output of a step without requests is an object that vLLM shares among such steps.
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
-            step_report.attach(output, stats.take_report())
+            step_report.attach(output, state.take_report())
     return output
 
 
 def _report_when_ready(
-    output: AsyncModelRunnerOutput, pending: PendingReport, stats: RequestStats
+    output: AsyncModelRunnerOutput, pending: PendingReport, state: WorkerState
 ) -> None:
     """Add the report when vLLM fetches the output.
 
@@ -44,7 +44,7 @@ def _report_when_ready(
         # vLLM calls this once. Removing it breaks the reference cycle with the output.
         del vars(output)["get_output"]
         ready = output.get_output()
-        with stats.isolated():
+        with state.isolated():
             step_report.attach(ready, pending)
         return ready
 

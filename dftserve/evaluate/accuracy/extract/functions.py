@@ -64,14 +64,14 @@ def code(answer: str, entry_point: str, prompt: str) -> str | None:
             docstring. Its imports and helpers are part of the result.
     """
     text = _without_tokens(after_thinking(answer).replace("\r\n", "\n").replace("\r", "\n"))
-    given = [node for node in _given(prompt) if not _defines(node, entry_point)]
+    prompt_nodes = [node for node in _given(prompt) if not _defines(node, entry_point)]
     blocks = _blocks(text)
     trees = [tree for tree in map(_parsed_block, blocks) if tree is not None]
     chosen = _defining(blocks, entry_point)
     if chosen is None and (tree := _bare(text, entry_point)) is not None:
         chosen, trees = tree, [*trees, tree]
     if chosen is not None:
-        return _module(given, _with_helpers(chosen, trees, given), entry_point)
+        return _module(prompt_nodes, _with_helpers(chosen, trees, prompt_nodes), entry_point)
     for body in [*reversed(blocks), _Block(text)] if blocks else [_Block(text)]:
         if (tree := _continued(prompt, body.content, entry_point)) is not None:
             return _module([], tree.body, entry_point)
@@ -222,19 +222,19 @@ def _goes_on(node: ast.stmt, rest: Sequence[str]) -> bool:
 
 def _defining(blocks: Sequence[_Block], name: str) -> ast.Module | None:
     """The best block that defines the function; the last of equally good ones."""
-    found = [(block, tree) for block in blocks if (tree := _parsed_block(block)) is not None]
+    parsed = [(block, tree) for block in blocks if (tree := _parsed_block(block)) is not None]
     ranked = [
         (
             max(_definition_rank(node, name) for node in tree.body),
             not _is_shown_as_worse(block),
             index,
         )
-        for index, (block, tree) in enumerate(found)
+        for index, (block, tree) in enumerate(parsed)
         if tree.body
     ]
     if not ranked or (best := max(ranked))[0] == 0:
         return None
-    return found[best[2]][1]
+    return parsed[best[2]][1]
 
 
 def _definition_rank(node: ast.stmt, name: str) -> int:
@@ -261,7 +261,7 @@ def _is_empty(function: _Function) -> bool:
 def _bare(text: str, name: str) -> ast.Module | None:
     """The last stretch of code without fences, in prose, that defines the function."""
     lines = text.split("\n")
-    found: ast.Module | None = None
+    module: ast.Module | None = None
     index = tries = 0
     while index < len(lines) and tries < MOST_TRIES:
         outdented = re.match(r"[ \t]*", lines[index])
@@ -280,11 +280,13 @@ def _bare(text: str, name: str) -> ast.Module | None:
         end = index + max(tree.body[-1].end_lineno or 1, 1)
         is_cut = _ends_in_a_word(tree) and not any(line.strip() for line in lines[end:])
         if _provides(tree, name) and not is_cut:
-            found = tree if found is None or indent == "" else found
+            module = tree if module is None or indent == "" else module
         index = end
-    if found is None and (inline := re.search(rf"`+\s*(def\s+{re.escape(name)}\b[^`\n]*)`+", text)):
-        found = _parsed(inline[1])
-    return found
+    if module is None and (
+        inline := re.search(rf"`+\s*(def\s+{re.escape(name)}\b[^`\n]*)`+", text)
+    ):
+        module = _parsed(inline[1])
+    return module
 
 
 def _continued(prompt: str, text: str, name: str) -> ast.Module | None:
@@ -388,7 +390,7 @@ def _used(nodes: Sequence[ast.AST]) -> set[str]:
 
 
 def _with_helpers(
-    chosen: ast.Module, trees: Sequence[ast.Module], given: Sequence[ast.stmt]
+    chosen: ast.Module, trees: Sequence[ast.Module], prompt_nodes: Sequence[ast.stmt]
 ) -> list[ast.stmt]:
     """The chosen code, preceded by what it uses that only other blocks define."""
     others = [
@@ -397,20 +399,22 @@ def _with_helpers(
         if tree is not chosen and ast.dump(tree) != ast.dump(chosen)
         for node in tree.body
     ]
-    known = set().union(*map(_defined, [*chosen.body, *given]))
-    wanted, taken = _free(chosen.body) - known, []
-    while wanted:
-        name = min(wanted)
+    known = set().union(*map(_defined, [*chosen.body, *prompt_nodes]))
+    missing, helpers = _free(chosen.body) - known, []
+    while missing:
+        name = min(missing)
         known.add(name)
-        definitions = [node for node in others if name in _defined(node) and node not in taken]
+        definitions = [node for node in others if name in _defined(node) and node not in helpers]
         if definitions:
-            taken.append(max(reversed(definitions), key=lambda node: _definition_rank(node, name)))
-            wanted |= _free(taken[-1:])
-        wanted -= known
-    defined = set().union(_BUILTINS, *map(_defined, [*chosen.body, *given, *taken]))
-    if _free([*chosen.body, *taken]) - defined:
-        taken += [node for node in others if "*" in _defined(node)]
-    return [*(node for node in others if node in taken), *chosen.body]
+            helpers.append(
+                max(reversed(definitions), key=lambda node: _definition_rank(node, name))
+            )
+            missing |= _free(helpers[-1:])
+        missing -= known
+    defined = set().union(_BUILTINS, *map(_defined, [*chosen.body, *prompt_nodes, *helpers]))
+    if _free([*chosen.body, *helpers]) - defined:
+        helpers += [node for node in others if "*" in _defined(node)]
+    return [*(node for node in others if node in helpers), *chosen.body]
 
 
 def _free(nodes: Sequence[ast.stmt]) -> set[str]:
@@ -419,23 +423,23 @@ def _free(nodes: Sequence[ast.stmt]) -> set[str]:
         table = symtable.symtable(ast.unparse(ast.Module(list(nodes), [])), "answer", "exec")
     except (SyntaxError, ValueError, RecursionError):
         return _used(nodes)
-    found, waiting = set(), [table]
+    names, waiting = set(), [table]
     while waiting:
         table = waiting.pop()
         is_module = table.get_type() == "module"
-        found |= {
+        names |= {
             each.get_name()
             for each in table.get_symbols()
             if each.is_referenced() and (is_module or each.is_global())
         }
         waiting += table.get_children()
-    return found
+    return names
 
 
-def _module(given: Sequence[ast.stmt], body: Sequence[ast.stmt], name: str) -> str | None:
+def _module(prompt_nodes: Sequence[ast.stmt], body: Sequence[ast.stmt], name: str) -> str | None:
     """The source of both, `__future__` first, without statements that only try the function out."""
-    reached = _reached([*given, *body])
-    nodes = [*given, *(node for node in body if not _is_trial(node, name, reached))]
+    reached = _reached([*prompt_nodes, *body])
+    nodes = [*prompt_nodes, *(node for node in body if not _is_trial(node, name, reached))]
     if not any(_defines(node, name) for node in nodes):
         owner = next((node for node in nodes if _has_method(node, name)), None)
         if not isinstance(owner, ast.ClassDef):

@@ -156,8 +156,8 @@ def choice(answer: str, letters: str = "ABCD") -> str | None:
         letters: the question's. An answer that gives another letter cannot be read.
     """
     text = _plain(after_thinking(answer))
-    found = _last_letter(before_next_question(text), letters) or _last_letter(text, letters)
-    return found if found and found in letters.upper() else None
+    letter = _last_letter(before_next_question(text), letters) or _last_letter(text, letters)
+    return letter if letter and letter in letters.upper() else None
 
 
 def _plain(answer: str) -> str:
@@ -178,7 +178,7 @@ def without_runs(text: str) -> str:
 
 
 def _last_letter(text: str, letters: str) -> str | None:
-    return last_answer(text, lambda said, is_full: _letter(said, letters, is_full))
+    return last_answer(text, lambda take_text, is_full: _letter(take_text, letters, is_full))
 
 
 def _letter(text: str, letters: str, is_full: bool) -> str | None:
@@ -187,9 +187,9 @@ def _letter(text: str, letters: str, is_full: bool) -> str | None:
     Args:
         is_full: also use the weaker kinds: a label at the beginning, or the only option mentioned.
     """
-    for found in (_stated_letter(text, letters), _letter_alone(text)):
-        if found is not None:
-            return found
+    for letter in (_stated_letter(text, letters), _letter_alone(text)):
+        if letter is not None:
+            return letter
     if is_full and (leading := _leading_letter(text, letters)) is not None:
         return leading
     if (concluded := _concluded_letter(text)) is not None:
@@ -213,11 +213,11 @@ def _stated_letter(text: str, letters: str) -> str | None:
 
     Empty if the statement names several letters.
     """
-    found = sorted(_statements(text, letters), key=lambda each: each.start)
-    if not found:
+    statements = sorted(_statements(text, letters), key=lambda each: each.start)
+    if not statements:
         return None
-    sure = [each for each in found if not each.hedged]
-    last = (sure or found)[-1]
+    sure = [each for each in statements if not each.hedged]
+    last = (sure or statements)[-1]
     if not sure:
         after = text[last.end :]
         return _letter_alone(after) or _concluded_letter(after) or last.letter
@@ -243,8 +243,8 @@ def _statements(text: str, letters: str) -> Iterator[_Statement]:
             yield _Statement(*marked[-1].span(), marked[-1][1], hedged)
 
 
-def _doubted(said: str) -> bool:
-    return bool(DENIED.search(said) or CONDITION.search(said))
+def _doubted(statement: str) -> bool:
+    return bool(DENIED.search(statement) or CONDITION.search(statement))
 
 
 def _stated(text: str, match: re.Match[str], letters: str) -> Iterator[_Statement]:
@@ -342,7 +342,7 @@ def _leading_letter(text: str, letters: str) -> str | None:
 
 def _concluded_letter(text: str) -> str | None:
     """The letter of the last conclusion such as `so it is B`."""
-    found = []
+    conclusions = []
     for match in _CONCLUDED.finditer(text):
         before = re.split(r",", sentence_before(text, match.start()))[-1]
         letter = match[match.lastindex or 1]
@@ -353,8 +353,8 @@ def _concluded_letter(text: str) -> str | None:
         ):
             continue
         more = _MORE.match(text[match.end() :])
-        found.append("" if more and more["more"] != letter.upper() else letter.upper())
-    return found[-1] if found else None
+        conclusions.append("" if more and more["more"] != letter.upper() else letter.upper())
+    return conclusions[-1] if conclusions else None
 
 
 def _mentioned_letter(text: str) -> str | None:

@@ -116,8 +116,8 @@ def number(answer: str) -> str | None:
     not a fraction (`2π`).
     """
     text = _with_plain_numbers(after_thinking(answer))
-    found = last_answer(before_next_question(text), _final_number)
-    return (last_answer(text, _final_number) if found is None else found) or None
+    stated = last_answer(before_next_question(text), _final_number)
+    return (last_answer(text, _final_number) if stated is None else stated) or None
 
 
 def _final_number(text: str, is_full: bool) -> str | None:
@@ -228,22 +228,22 @@ def _of_equation(text: str) -> str | None:
 
 def _first_value(text: str) -> str | None:
     """The first number or sum; empty if it is one of several, or not rational: `2π`."""
-    found = _NUMBER.search(text)
+    match = _NUMBER.search(text)
     unknown = text.find(UNKNOWN)
-    if unknown >= 0 and (found is None or unknown < found.start()):
+    if unknown >= 0 and (match is None or unknown < match.start()):
         return ""
-    if found is None:
+    if match is None:
         return None
     summed = SUM.search(text)
-    if summed and summed.start() <= found.start():
+    if summed and summed.start() <= match.start():
         value, end = value_of(summed[0]), summed.end()
         if value is None:
             return ""
-        is_fraction = bool(found["under"]) and found.end() >= end
-        shown = _shown(found) if is_fraction else plain(value)
+        is_fraction = bool(match["under"]) and match.end() >= end
+        shown = _shown(match) if is_fraction else plain(value)
     else:
-        value, shown, end = value_of(_shown(found)), _shown(found), found.end()
-    if _LABEL.search(text[: found.start()]):
+        value, shown, end = value_of(_shown(match)), _shown(match), match.end()
+    if _LABEL.search(text[: match.start()]):
         return ""
     if several := _SEVERAL.match(text, end):
         other = _NUMBER.search(text, several.end() - 1)
@@ -291,26 +291,26 @@ def _is_heading(match: re.Match[str], lines: Sequence[re.Match[str]]) -> bool:
     return int(numbered[1]) + 1 in steps or int(numbered[1]) - 1 in steps
 
 
-def _is_number_alone(said: str) -> bool:
-    found = _numbers(said)
-    rest = _NUMBER.sub("", re.sub(r"\*\*|__|`", "", said))
-    return len(found) == 1 and not re.search(r"\w", rest)
+def _is_number_alone(statement: str) -> bool:
+    numbers = _numbers(statement)
+    rest = _NUMBER.sub("", re.sub(r"\*\*|__|`", "", statement))
+    return len(numbers) == 1 and not re.search(r"\w", rest)
 
 
 def _boxed_number(text: str) -> str | None:
     """The number of the last box that has one, unless an answer is stated after it."""
-    found = [(match.end(), _of_box(match[1])) for match in _BOXED.finditer(text)]
-    found = [(end, value) for end, value in found if value is not None]
-    if not found:
+    boxed = [(match.end(), _of_box(match[1])) for match in _BOXED.finditer(text)]
+    boxed = [(end, value) for end, value in boxed if value is not None]
+    if not boxed:
         return None
-    end, value = found[-1]
+    end, value = boxed[-1]
     stated = _stated_number(text[end:], is_close=True)
     return value if stated is None else stated
 
 
-def _of_box(said: str) -> str | None:
+def _of_box(content: str) -> str | None:
     """The number in a box; empty for a factorial, which `4!` is in a box but not in a sentence."""
-    return "" if re.fullmatch(r"\s*\d+!\s*", said) else _of_clause(said)
+    return "" if re.fullmatch(r"\s*\d+!\s*", content) else _of_clause(content)
 
 
 def _stated_number(text: str, is_close: bool = False) -> str | None:
@@ -319,7 +319,7 @@ def _stated_number(text: str, is_close: bool = False) -> str | None:
     Args:
         is_close: the number must follow immediately, unlike in `the answer is divisible by 3`.
     """
-    found: list[tuple[int, str]] = []
+    statements: list[tuple[int, str]] = []
     for match in reversed(list(_TOTAL.finditer(text))):
         before = sentence_before(text, match.start())
         denied = DENIED.search(match["between"]) or re.match(r"\W*not\b", match["rest"])
@@ -331,16 +331,16 @@ def _stated_number(text: str, is_close: bool = False) -> str | None:
         first = clause.split("\n")[0]
         clause = first if _numbers(first) or first.strip(" *:_`$") else clause
         if (number := _of_clause(clause)) is not None:
-            found.append((match.start(), number))
+            statements.append((match.start(), number))
             break
     for match in _ANSWER_HEAD.finditer(text):
         if (number := _of_clause(match[1])) is not None:
-            found.append((match.start(), number))
+            statements.append((match.start(), number))
     for match in _IS_ANSWER.finditer(text):
         before = text[max(0, match.start() - 300) : match.start()]
         if numbers := _numbers(re.split(r"[\n!?]|\.(?!\d)", before)[-1]):
-            found.append((match.start(), _shown(numbers[-1])))
-    return max(found)[1] if found else None
+            statements.append((match.start(), _shown(numbers[-1])))
+    return max(statements)[1] if statements else None
 
 
 def _number_alone(text: str) -> str | None:
@@ -375,14 +375,14 @@ def _last_number(text: str) -> str | None:
 
 
 def _last_value(text: str) -> str | None:
-    found = [match.span() for match in SUM.finditer(text)]
+    spans = [match.span() for match in SUM.finditer(text)]
     numbers = list(_NUMBER.finditer(text))
     if text.rfind(UNKNOWN) > (numbers[-1].start() if numbers else -1):
         return ""
     if not numbers:
         return None
-    if found and found[-1][0] <= numbers[-1].start() < found[-1][1]:
-        return _first_value(text[found[-1][0] : found[-1][1]])
+    if spans and spans[-1][0] <= numbers[-1].start() < spans[-1][1]:
+        return _first_value(text[spans[-1][0] : spans[-1][1]])
     return _shown(numbers[-1])
 
 

@@ -303,6 +303,6 @@ def _plain(text: str) -> str:
 
 
 def _without_lead_ins(text: str) -> str:
-    while found := _LEAD_IN.match(text):
-        text = text[found.end() :]
+    while match := _LEAD_IN.match(text):
+        text = text[match.end() :]
     return text

@@ -76,11 +76,11 @@ def last_answer(text: str, read: Callable[[str, bool], str | None]) -> str | Non
             withdrawn one; None if it states none. A take that only follows a `wait` may be just a
             remark.
     """
-    several = takes(text, lambda said: read(said, False))
+    several = takes(text, lambda take_text: read(take_text, False))
     is_withdrawn = [True, *(each.is_withdrawn for each in several)]
     for take, is_after_withdrawn in reversed(list(zip(several, is_withdrawn, strict=False))):
-        if (found := read(take.text, is_after_withdrawn)) is not None:
-            return "" if take.is_withdrawn else found
+        if (answer := read(take.text, is_after_withdrawn)) is not None:
+            return "" if take.is_withdrawn else answer
     return None
 
 
@@ -91,35 +91,35 @@ def takes(text: str, states: Callable[[str], str | None]) -> Sequence[Take]:
         states: the answer that a text states. `No` and `that is wrong` take back a sentence only if
             it states the same as its take: after `Option B: 12.` they refer to an option.
     """
-    found = [(match.start(), match.end(), False) for match in _ANEW.finditer(text)]
-    found += [
+    turns = [(match.start(), match.end(), False) for match in _ANEW.finditer(text)]
+    turns += [
         (match.start(), match.end(), True)
         for match in list(_BACK.finditer(text))[-MOST_TURNS:]
         if not _is_of_an_option(text, match, states)
     ]
     several: list[Take] = []
     begun = 0
-    for start, end, is_back in sorted(found)[-MOST_TURNS:]:
+    for start, end, is_back in sorted(turns)[-MOST_TURNS:]:
         if start < begun:
             begun = max(begun, end)
             continue
-        said = text[begun:start].lstrip(" \n,;:…—") if begun else text[:start]
-        if not said.strip(_SIGNS):
+        take_text = text[begun:start].lstrip(" \n,;:…—") if begun else text[:start]
+        if not take_text.strip(_SIGNS):
             # `No, wait, sorry` is one turn.
             several[-1:] = [Take(each.text, each.is_withdrawn or is_back) for each in several[-1:]]
             begun = end
             continue
-        last = states(_last_sentence(said)) if is_back else None
-        is_stated = bool(last) and states(said) == last
+        last = states(_last_sentence(take_text)) if is_back else None
+        is_stated = bool(last) and states(take_text) == last
         if is_back and not is_stated:
-            if last or not several or states(said):
+            if last or not several or states(take_text):
                 continue
             # `Hmm. The slope is negative. No, that is wrong` refers to the previous take.
             several[-1] = Take(several[-1].text, True)
-        several.append(Take(said, is_stated))
+        several.append(Take(take_text, is_stated))
         begun = end
-    said = text[begun:].lstrip(" \n,;:…—") if begun else text
-    return [*several, Take(said, False)]
+    take_text = text[begun:].lstrip(" \n,;:…—") if begun else text
+    return [*several, Take(take_text, False)]
 
 
 def _is_of_an_option(text: str, match: re.Match[str], states: Callable[[str], str | None]) -> bool:

@@ -82,24 +82,30 @@ def group(*, memory: int, processes: int) -> Iterator[Group | None]:
         return
     for place in places().values():
         _sweep(place.folder)
-    with _group(places(), memory, processes) as made:
-        yield made
+    with _group(places(), memory, processes) as created:
+        yield created
 
 
 @cache
 def places() -> Mapping[str, Place]:
     """Where groups can be created, by controller; empty if memory cannot be counted."""
-    found = {name: place for name in CONTROLLERS if (place := _place(name)) is not None}
-    return found if "memory" in found and _works(found) else {}
+    places_by_controller = {
+        name: place for name in CONTROLLERS if (place := _place(name)) is not None
+    }
+    return (
+        places_by_controller
+        if "memory" in places_by_controller and _works(places_by_controller)
+        else {}
+    )
 
 
-def _works(found: Mapping[str, Place]) -> bool:
+def _works(places_by_controller: Mapping[str, Place]) -> bool:
     """Try it with a waiting process: a folder that is writable may still not be usable."""
     command = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
         try:
-            with _group(found, 1 << 30, 64) as made:
-                made.add(waiting.pid)
+            with _group(places_by_controller, 1 << 30, 64) as created:
+                created.add(waiting.pid)
                 waiting.communicate()
         except OSError:
             return False
@@ -107,23 +113,25 @@ def _works(found: Mapping[str, Place]) -> bool:
 
 
 @contextlib.contextmanager
-def _group(found: Mapping[str, Place], memory: int, processes: int) -> Iterator[Group]:
-    made = Group(found, f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
+def _group(
+    places_by_controller: Mapping[str, Place], memory: int, processes: int
+) -> Iterator[Group]:
+    created = Group(places_by_controller, f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        for folder in made.folders:
+        for folder in created.folders:
             folder.mkdir()
-        for file, limit in _limits(made, memory, processes).items():
+        for file, limit in _limits(created, memory, processes).items():
             file.write_text(f"{limit}")
-        yield made
+        yield created
     finally:
-        for folder in made.folders:
+        for folder in created.folders:
             _remove(folder)
 
 
-def _limits(made: Group, memory: int, processes: int) -> dict[Path, int]:
+def _limits(created: Group, memory: int, processes: int) -> dict[Path, int]:
     """The limit to write to each file, in order; swap is included if the kernel counts it."""
-    place = made.places["memory"]
-    folder = place.folder / made.name
+    place = created.places["memory"]
+    folder = place.folder / created.name
     if place.version == 1:
         limits = {folder / "memory.limit_in_bytes": memory}
         swap = {folder / "memory.memsw.limit_in_bytes": memory}
@@ -131,8 +139,8 @@ def _limits(made: Group, memory: int, processes: int) -> dict[Path, int]:
         limits = {folder / "memory.max": memory}
         swap = {folder / "memory.swap.max": 0}
     limits |= {file: limit for file, limit in swap.items() if file.exists()}
-    if "pids" in made.places:
-        limits[made.places["pids"].folder / made.name / "pids.max"] = processes
+    if "pids" in created.places:
+        limits[created.places["pids"].folder / created.name / "pids.max"] = processes
     return limits
 
 
@@ -162,11 +170,11 @@ def _folders(controller: str) -> Iterator[tuple[Path, int]]:
 
 def _own_groups() -> dict[str, str]:
     """This process's path in the tree of each version 1 controller, and under "" in version 2's."""
-    found = {}
+    groups = {}
     for line in _lines(Path("/proc/self/cgroup")):
         _, controllers, path = line.split(":", 2)
-        found |= dict.fromkeys(controllers.split(","), path)
-    return found
+        groups |= dict.fromkeys(controllers.split(","), path)
+    return groups
 
 
 def _mounts() -> Iterator[tuple[Path, str, str, list[str]]]:

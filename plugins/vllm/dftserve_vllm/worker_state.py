@@ -24,11 +24,11 @@ from dftserve.sampling.group import GroupRow
 from dftserve.sampling.style import ProfileArrays
 from dftserve_vllm.groups import Codes
 from dftserve_vllm.log import logger
-from dftserve_vllm.preempted import Preempted
+from dftserve_vllm.preempted import PreemptedStates
 from dftserve_vllm.step_report import Array, PendingReport
 
 
-class RequestStats:
+class WorkerState:
     """Statistics by slot while a request runs, by identity while it is preempted."""
 
     def __init__(
@@ -44,7 +44,7 @@ class RequestStats:
         self.slots = self._backend.create_slots(capacity, rows_per_request)
         self._codes = Codes(capacity, rows_per_request, device)
         self.faults = 0
-        self._preempted = Preempted[NDArray[np.float32]]()
+        self._preempted = PreemptedStates[NDArray[np.float32]]()
         self._report: PendingReport | None = None
         self._reported_faults = 0
 
@@ -87,17 +87,19 @@ class RequestStats:
         if most_group_rows:
             self._codes.draw(logits_XV, step, most_group_rows)
 
-    def end_step(self, positions: Array, slots: Array, always: NDArray[np.bool_]) -> None:
+    def end_step(
+        self, positions: Array, slots: Array, reports_each_step: NDArray[np.bool_]
+    ) -> None:
         """Prepare the report of the step's active requests.
 
         Args:
             positions: each active request's position in the batch.
             slots: their slots.
-            always: whether each is sent at every step; see `StepReport`.
+            reports_each_step: whether its row is sent at every step; see `StepReport`.
         """
         snapshot = self.slots.snapshot()
-        self._preempted.saw(snapshot)
-        self._report = PendingReport(positions, always, slots, snapshot, self.faults)
+        self._preempted.record(snapshot)
+        self._report = PendingReport(positions, reports_each_step, slots, snapshot, self.faults)
 
     def take_report(self) -> PendingReport | None:
         """The report of the last sampled step; each is returned only once."""
@@ -122,10 +124,10 @@ class RequestStats:
 class _Isolated:
     """A class, because every step enters several and a generator takes three times as long."""
 
-    __slots__ = ("_otherwise", "_stats")
+    __slots__ = ("_otherwise", "_state")
 
-    def __init__(self, stats: RequestStats, otherwise: Callable[[], None] | None) -> None:
-        self._stats, self._otherwise = stats, otherwise
+    def __init__(self, state: WorkerState, otherwise: Callable[[], None] | None) -> None:
+        self._state, self._otherwise = state, otherwise
 
     def __enter__(self) -> None:
         pass
@@ -134,13 +136,13 @@ class _Isolated:
         if not isinstance(error, Exception):
             return False
         # No exception may end the engine.
-        if not self._stats.faults:
+        if not self._state.faults:
             logger.error(
                 "diversity: a fault; the affected rows stay unchanged. "
                 "Further faults are only counted (dft:faults_total).",
                 exc_info=error,
             )
-        self._stats.faults += 1
+        self._state.faults += 1
         if self._otherwise is not None:
             self._otherwise()
         return True

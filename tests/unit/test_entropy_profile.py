@@ -10,7 +10,7 @@ from dftserve.sampling import Controls, backends, control_row, transform
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.spec import parse
 from dftserve.targets.store import TargetStore
-from dftserve.train import profile
+from dftserve.train import entropy_profile
 from dftserve.train.data import Collator, Rows, model_inputs
 from dftserve.train.material import some_rows
 from tests.training import save_store, small_model
@@ -52,9 +52,11 @@ def test_the_entropy_that_a_level_adds_is_measured_at_every_nth_position(
 ):
     logits_RV = _logits(model, batches)
     total = logits_RV.numel()
-    monkeypatch.setattr(profile, "LEVEL_ELEMENTS", total if step == 1 else total // step + 1)
-    monkeypatch.setattr(profile, "AT_ONCE", 3 * logits_RV.shape[1])
-    measured = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
+    monkeypatch.setattr(
+        entropy_profile, "LEVEL_ELEMENTS", total if step == 1 else total // step + 1
+    )
+    monkeypatch.setattr(entropy_profile, "AT_ONCE", 3 * logits_RV.shape[1])
+    measured = entropy_profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
     own_R = torch.distributions.Categorical(logits=logits_RV).entropy().numpy()
     assert measured.model_T == pytest.approx(own_R, abs=1e-4)
     for level, mean in measured.by_level.items():
@@ -69,5 +71,5 @@ def test_no_kernel_is_compiled_for_a_profile(model, batches, monkeypatch):
     monkeypatch.setattr(backends, "checked_class", fail_to_compile)
     with pytest.raises(AssertionError):
         sampling.get_backend("cpu")
-    measured = profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
+    measured = entropy_profile.measure(model, batches, stop_ids=STOPS, tokens=10**6)
     assert measured.suggested is not None

@@ -17,9 +17,9 @@ from dftserve.train import processes
 from dftserve.train.config import TrainConfig
 from dftserve.train.data import Rows
 from dftserve.train.divergences import DIVERGENCES
+from dftserve.train.entropy_profile import EntropyProfile, measure
 from dftserve.train.material import Material, some_rows
 from dftserve.train.prepare import Prepared, load_model
-from dftserve.train.profile import Profile, measure
 from dftserve.train.run_folder import targets_digest
 from dftserve.train.save import check_reloaded, copy_companions, nll
 from dftserve.train.stores import NamedStore, source_of
@@ -45,7 +45,7 @@ def whole_model(trainer: DFTTrainer, config: TrainConfig, prepared: Prepared) ->
     return replace(prepared, loaded=loaded)
 
 
-def finish(
+def write(
     folder: Path,
     config: TrainConfig,
     prepared: Prepared,
@@ -53,49 +53,59 @@ def finish(
     steps: int,
     metrics: Mapping[str, float],
 ) -> None:
-    """Write the checkpoint and read it back; a failed one is not kept."""
+    """Measure the trained model, write the checkpoint and read it back; a failed one is not kept.
+
+    Args:
+        steps: optimizer steps that led to these weights.
+        metrics: of the trained model, by the Trainer's names; those that begin with `final_` are
+            written without it.
+
+    Raises:
+        OSError: the checkpoint cannot be written.
+        ValueError: what was read back differs from the trained model.
+    """
     model, material = prepared.loaded.model, prepared.material
     model.eval()
-    source = source_of(material.stores)
-    if len(material.heldout):
-        what = "next-token entropies" if is_refused(source) else "the diversity to suggest"
-        processes.say(f"Measuring {what}, on held-out text.")
-    seen = profile(prepared.loaded.language_model, config, material)
-    info = checkpoint_info(config, seen, source)
-    if info.diversity is not None and (level := info.diversity.level) is not None:
-        processes.say(
-            f"Suggested: diversity {level:g} (dft.json): the model's mean entropy is "
-            f"{seen.by_level[level]:.2f} nats at it, {seen.model_mean:.2f} without; the target's "
-            f"is {seen.target_mean:.2f}."
-        )
-    data = {
-        "model": Path(config.model).name,
-        "weights": material.weights,
-        **_data_of(material.stores),
-        "packing": {
-            "used": material.collate.packing,
-            "refused_because": prepared.not_packed_because,
-        },
-    }
+    info = _measured_info(config, prepared)
     measured = {name.removeprefix("final_"): value for name, value in metrics.items()}
-    run = checkpoint.Run.of(asdict(config), data, steps=steps, metrics=measured)
-    processes.say(f"Writing {folder}, and reading it back.")
+    run = checkpoint.Run.of(
+        asdict(config), _data_of(config, prepared), steps=steps, metrics=measured
+    )
+    processes.print_once(f"Writing {folder}, and reading it back.")
     if config.weights == "bf16":
         # Merging in bf16 would round away small adapters; the CPU has memory for float32.
         model.to("cpu", torch.float32)
     sample = material.collate(some_rows(material.heldout, 1) or some_rows(material.train, 1))
-    trained = nll(prepared.loaded.language_model, sample)
-    with atomic.folder(folder) as made, writing(folder):
+    trained_nll = nll(prepared.loaded.language_model, sample)
+    with atomic.folder(folder) as staging, writing(folder):
         if config.lora is not None:
-            model.save_pretrained(made / ADAPTER)
+            model.save_pretrained(staging / ADAPTER)
             model = model.merge_and_unload()
-        _restore(model.config, material.found.config)
-        model.save_pretrained(made)
-        material.tokenizer.save_pretrained(made)
-        copy_companions(material.found.folder, made)
-        check_reloaded(made, trained, sample)
-        checkpoint.describe(made, info, run)
-        checkpoint.seal(made)
+        _restore(model.config, material.model_files.config)
+        model.save_pretrained(staging)
+        material.tokenizer.save_pretrained(staging)
+        copy_companions(material.model_files.folder, staging)
+        check_reloaded(staging, trained_nll, sample)
+        checkpoint.describe(staging, info, run)
+        checkpoint.seal(staging)
+
+
+def _measured_info(config: TrainConfig, prepared: Prepared) -> CheckpointInfo:
+    """The content of dft.json, measured on held-out text; prints what it suggests."""
+    material = prepared.material
+    source = source_of(material.stores)
+    if len(material.heldout):
+        what = "next-token entropies" if is_refused(source) else "the diversity to suggest"
+        processes.print_once(f"Measuring {what}, on held-out text.")
+    profile = measure_profile(prepared.loaded.language_model, config, material)
+    info = checkpoint_info(config, profile, source)
+    if info.diversity is not None and (level := info.diversity.level) is not None:
+        processes.print_once(
+            f"Suggested: diversity {level:g} (dft.json): the model's mean entropy is "
+            f"{profile.by_level[level]:.2f} nats at it, {profile.model_mean:.2f} without; the "
+            f"target's is {profile.target_mean:.2f}."
+        )
+    return info
 
 
 def _restore(config: Any, original: Any) -> None:
@@ -111,7 +121,21 @@ def _restore(config: Any, original: Any) -> None:
                 delattr(ours, name)
 
 
-def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
+def _data_of(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
+    """What the run read, for run.json: the model, digests of the stores, and the packing."""
+    material = prepared.material
+    return {
+        "model": Path(config.model).name,
+        "weights": material.weights,
+        **_store_digests(material.stores),
+        "packing": {
+            "used": material.collate.packing,
+            "refused_because": prepared.not_packed_because,
+        },
+    }
+
+
+def _store_digests(stores: Sequence[NamedStore]) -> dict[str, Any]:
     """Digests of the targets, the corpus and the tokenizer; those of several stores by name."""
     plans = {each.name: each.store.manifest.plan for each in stores}
     digests = {
@@ -123,14 +147,16 @@ def _data_of(stores: Sequence[NamedStore]) -> dict[str, Any]:
     return {**digests, "tokenizer": stores[0].store.manifest.plan.tokenizer}
 
 
-def profile(language_model: lm.LanguageModel, config: TrainConfig, material: Material) -> Profile:
+def measure_profile(
+    language_model: lm.LanguageModel, config: TrainConfig, material: Material
+) -> EntropyProfile:
     """The model's profile on held-out text; with several stores, their weighted mean."""
     weights = [each.weight for each in material.stores]
     parts = [
         _profile_of(language_model, config, material, part, share=weight)
         for part, weight in zip(material.heldout.parts, weights, strict=True)
     ]
-    return parts[0] if len(parts) == 1 else Profile.mixed(parts, weights)
+    return parts[0] if len(parts) == 1 else EntropyProfile.mixed(parts, weights)
 
 
 def _profile_of(
@@ -140,7 +166,7 @@ def _profile_of(
     rows: Rows,
     *,
     share: float,
-) -> Profile:
+) -> EntropyProfile:
     device = language_model.model.device
     tokens = share * PROFILE_TOKENS
     loader = DataLoader(
@@ -155,7 +181,7 @@ def _profile_of(
 
 
 def checkpoint_info(
-    config: TrainConfig, seen: Profile, source: Mapping[str, Any]
+    config: TrainConfig, profile: EntropyProfile, source: Mapping[str, Any]
 ) -> CheckpointInfo:
     """The content of the checkpoint's dft.json.
 
@@ -163,15 +189,15 @@ def checkpoint_info(
     what was trained on nor known to be nearer to the text than the model is, so they are not used.
     """
     recipe = f"{config.divergence.name} toward {json.dumps(source, ensure_ascii=False)}"
-    if not len(seen.model_T):
+    if not len(profile.model_T):
         return CheckpointInfo(recipe=recipe)
     refused = is_refused(source)
     reads = DIVERGENCES[config.divergence.name].reads_target and not refused
     return CheckpointInfo(
         recipe=recipe,
-        diversity=None if refused else seen.suggested,
-        target_entropy=round(seen.target_mean, 4) if reads else None,
-        model_entropy=round(seen.model_mean, 4),
-        target_deciles=seen.target_deciles if reads else None,
-        model_deciles=seen.model_deciles,
+        diversity=None if refused else profile.suggested,
+        target_entropy=round(profile.target_mean, 4) if reads else None,
+        model_entropy=round(profile.model_mean, 4),
+        target_deciles=profile.target_deciles if reads else None,
+        model_deciles=profile.model_deciles,
     )

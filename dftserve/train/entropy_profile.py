@@ -20,7 +20,7 @@ from dftserve.sampling import Controls, control_row, transform
 from dftserve.sampling.backends.plain_torch import TorchBackend
 from dftserve.spec import Diversity, parse
 from dftserve.train.data import model_inputs
-from dftserve.train.divergences import Rows
+from dftserve.train.divergences import LogitRows
 from dftserve.train.head import chunks
 
 LEVELS = tuple(round(0.1 * step, 1) for step in range(1, 11))
@@ -31,7 +31,7 @@ AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
-class Profile:
+class EntropyProfile:
     """Next-token entropies in nats, on the same tokens."""
 
     target_T: np.ndarray
@@ -43,13 +43,13 @@ class Profile:
     """Weight of each token in means and deciles, summing to 1; None: equal weights."""
 
     @staticmethod
-    def mixed(parts: Sequence["Profile"], weights: Sequence[float]) -> "Profile":
+    def mixed(parts: Sequence["EntropyProfile"], weights: Sequence[float]) -> "EntropyProfile":
         """The mean by weights that sum to 1, regardless of the number of tokens in each part."""
         shares = [
             np.full(len(part.model_T), weight / max(len(part.model_T), 1))
             for part, weight in zip(parts, weights, strict=True)
         ]
-        return Profile(
+        return EntropyProfile(
             target_T=np.concatenate([part.target_T for part in parts]),
             model_T=np.concatenate([part.model_T for part in parts]),
             by_level={
@@ -95,38 +95,38 @@ def measure(
     stop_ids: frozenset[int],
     tokens: float,
     share: float = 1.0,
-) -> Profile:
+) -> EntropyProfile:
     """Measure the first batches that together have `tokens` trained positions or more.
 
     Args:
         share: the fraction of `LEVEL_ELEMENTS` that the levels are applied to.
     """
     head = model.head
-    taken = _first(batches, tokens)
-    seen = sum(len(batch["positions_T"]) for batch in taken)
+    batches_read = _first(batches, tokens)
+    positions = sum(len(batch["positions_T"]) for batch in batches_read)
     vocabulary = len(head.weight_VD)
-    step = max(1, -(-seen * vocabulary // max(1, int(share * LEVEL_ELEMENTS))))
+    step = max(1, -(-positions * vocabulary // max(1, int(share * LEVEL_ELEMENTS))))
     targets: list[Tensor] = []
     entropies: list[Tensor] = []
     added = dict.fromkeys(LEVELS, 0.0)
     done = 0
-    for batch in taken:
+    for batch in batches_read:
         hidden_BND = model.states(**model_inputs(batch)).hidden_BND
         hidden_TD = hidden_BND.reshape(-1, hidden_BND.shape[-1])[batch["positions_T"]]
         targets.append(batch["entropy_R"])
         for part in chunks(len(hidden_TD), vocabulary, hidden_TD.device.type):
             logits_RV = head.logits(hidden_TD[part]).float()
-            entropy_R = Rows.of(logits_RV).entropy_R
+            entropy_R = LogitRows.of(logits_RV).entropy_R
             entropies.append(entropy_R)
             some = slice(-done % step, None, step)
             for level in LEVELS if len(logits_RV[some]) else ():
                 added[level] += _added_by(level, logits_RV[some], entropy_R[some], stop_ids)
             done += len(logits_RV)
-    if not seen:
-        return Profile(np.zeros(0), np.zeros(0), added)
+    if not positions:
+        return EntropyProfile(np.zeros(0), np.zeros(0), added)
     model_T = torch.cat(entropies).float().cpu().numpy()
-    applied = -(-seen // step)
-    return Profile(
+    applied = -(-positions // step)
+    return EntropyProfile(
         target_T=torch.cat(targets).float().cpu().numpy(),
         model_T=model_T,
         by_level={level: float(model_T.mean()) + total / applied for level, total in added.items()},
@@ -137,23 +137,23 @@ def deciles(entropies_T: np.ndarray, share_T: np.ndarray | None = None) -> tuple
     """The nine deciles; with shares, the first value at which each cumulative share is reached."""
     tenths = np.arange(1, 10) / 10
     if share_T is None:
-        found = np.quantile(entropies_T, tenths)
+        values = np.quantile(entropies_T, tenths)
     else:
         order_T = np.argsort(entropies_T)
         reached_T = np.cumsum(share_T[order_T])
         indices = np.searchsorted(reached_T, tenths * reached_T[-1])
-        found = entropies_T[order_T][indices]
-    return tuple(round(float(x), 4) for x in found)
+        values = entropies_T[order_T][indices]
+    return tuple(round(float(x), 4) for x in values)
 
 
 def _first(batches: Iterable[Mapping[str, Tensor]], tokens: float) -> list[Mapping[str, Tensor]]:
-    taken, seen = [], 0
+    first_batches, positions = [], 0
     for batch in batches:
-        taken.append(batch)
-        seen += len(batch["positions_T"])
-        if seen >= tokens:
+        first_batches.append(batch)
+        positions += len(batch["positions_T"])
+        if positions >= tokens:
             break
-    return taken
+    return first_batches
 
 
 def _added_by(
