@@ -70,7 +70,7 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
         ValueError: a share that is not between 0 and 1; a model that cannot be loaded; models that
             differ in their configuration, their tokens or the shape of a weight; weights that are
             the same, or whose saved form is read back otherwise.
-        OSError: from the disk, or `out` exists.
+        OSError: `out` exists or cannot be written.
     """
     if not 0 < share < 1:
         raise ValueError(
@@ -78,6 +78,7 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
         )
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another folder.")
+    atomic.check_writable(out)
     models = {"tuned": pretrained.examine(tuned), "other": pretrained.examine(other)}
     _check_configurations(models["tuned"], models["other"])
     tokenizer = load_tokenizer(tuned)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dftserve import checkpoint
+from dftserve import checkpoint, pretrained
 from dftserve.cli import main
 from dftserve.spec import CheckpointInfo
 from dftserve.train.interpolate import interpolate
@@ -157,6 +157,14 @@ def test_an_existing_output_is_not_touched(two, tmp_path):
     with pytest.raises(FileExistsError, match="exists; choose another"):
         interpolate(*map(str, two), share=0.5, out=out)
     assert not any(out.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_weights_are_read(
+    two, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(pretrained, "load", None)
+    assert "cannot be made: Not a directory" in refused(two, tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(
