@@ -9,7 +9,8 @@
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
 (bench/real_answers.py) without the field at T 1, and with the law `words` at .25; sft and half way
 back also at T .85. The last two are the settings that bench/laws.py found best for a tuned model,
-of ours and of stock vLLM's. With `--base-answers`, the base model makes no new ones.
+of ours and of stock vLLM's. Half way back, which makes few errors at them, also writes stories with
+`words` at 1. With `--base-answers`, the base model makes no new ones.
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
                 bench/real.py, next to stories by people to prompts that none was tuned on
     IFEval      the share of prompts all of whose instructions are followed
@@ -46,6 +47,7 @@ from real_answers import (
     SLIGHTLY_COOL,
     STOCK,
     STORIES,
+    WORDS,
     WORDS_QUARTER,
     Answer,
     data_folder,
@@ -74,10 +76,11 @@ ASKED: Mapping[str, Sequence[str]] = {
     STOCK: (STORIES, IFEVAL, MMLU),
     SLIGHTLY_COOL: (STORIES, MMLU),
     WORDS_QUARTER: (STORIES, IFEVAL, MMLU),
+    WORDS: (STORIES,),
 }
 """Prompt sets by setting; each setting has its own engine."""
-COOLED = (SFT, HALF_WAY_BACK)
-"""The methods whose models are also asked at the best temperature without the field."""
+ASKED_ONLY_OF = {SLIGHTLY_COOL: (SFT, HALF_WAY_BACK), WORDS: (HALF_WAY_BACK,)}
+"""The methods whose models are asked with a setting; of other settings, all."""
 BOOK_CHARACTERS = 1500
 """Characters of each book that are scored, from its middle on."""
 
@@ -155,8 +158,11 @@ class Model:
 
     @classmethod
     def of(cls, method: str, place: Path, answers: Path) -> "Model":
-        is_cooled = method in COOLED
-        asked = {name: each for name, each in ASKED.items() if is_cooled or name != SLIGHTLY_COOL}
+        asked = {
+            setting: sets
+            for setting, sets in ASKED.items()
+            if method in ASKED_ONLY_OF.get(setting, (method,))
+        }
         return cls(place, answers, asked)
 
 

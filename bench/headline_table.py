@@ -1,6 +1,7 @@
 """The tables of bench/results/headline.json: the models, and what was reached of each target."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ from cells import TOO_SHORT, interval, left_out, percent, table
 
 PEOPLE, BASE, START = "people", "base", "start"
 STOCK = "stock, T 1"
-SETTINGS = ("stock, T .85", "`words` .25")
+SETTINGS = ("stock, T .85", "`words` .25", "`words` 1")
 """Those that are compared with the targets."""
 MEASURED = {
     "SDS": ("sds", 0),
@@ -16,6 +17,8 @@ MEASURED = {
     "AI phrases": ("phrases", 1),
     "errors": ("errors", 2),
 }
+ACCURACY = {"IFEval": "ifeval", "MMLU": "mmlu", "unreadable": "mmlu_unreadable"}
+SEED = re.compile(r" \(seed \d+\)")
 NEARER = 0.6
 """The target for the distance to people's rate of AI phrases, as a share of the start's."""
 
@@ -24,13 +27,18 @@ def models(document: Mapping[str, Any]) -> str:
     """Variety, errors, accuracy and likelihood of each model and setting."""
     accuracy, perplexity = document["accuracy"], document["perplexity"]
     story, texts = document["stories"], document["texts"]
-    tasks = {"IFEval": "ifeval", "MMLU": "mmlu", "unreadable": "mmlu_unreadable"}
-    columns = ["", *MEASURED, "too short", *tasks, *(f"perplexity: {name}" for name in perplexity)]
+    columns = [
+        "",
+        *MEASURED,
+        "too short",
+        *ACCURACY,
+        *(f"perplexity: {name}" for name in perplexity),
+    ]
     rows = []
     for name, row in {PEOPLE: story[PEOPLE], **story["rows"]}.items():
         cells = [interval(row[key], digits) for key, digits in MEASURED.values()]
         cells.append(left_out(row))
-        for task in tasks.values():
+        for task in ACCURACY.values():
             cells.append(percent(accuracy[task][name]) if name in accuracy[task] else "")
         model, _, setting = name.partition(", ")
         for source in perplexity:
@@ -61,6 +69,34 @@ def targets(document: Mapping[str, Any]) -> str:
         if f"{model}, {setting}" in document["stories"]["rows"]
     )
     return table(f"| {' | '.join(columns)} |", rows)
+
+
+def seeds(document: Mapping[str, Any]) -> str:
+    """Mean and range over seeds, of the methods and settings that have several."""
+    rows: dict[str, list[str]] = {}
+    for name in document["stories"]["rows"]:
+        rows.setdefault(SEED.sub("", name), []).append(name)
+    columns = ["mean over seeds (lowest to highest)", "seeds", *MEASURED, *ACCURACY]
+    lines = [
+        [name, str(len(each)), *_cells_over_seeds(document, each)]
+        for name, each in rows.items()
+        if len(each) > 1
+    ]
+    return table(f"| {' | '.join(columns)} |", lines)
+
+
+def _cells_over_seeds(document: Mapping[str, Any], rows: Sequence[str]) -> Iterator[str]:
+    for key, digits in MEASURED.values():
+        yield spread([document["stories"]["rows"][row][key]["value"] for row in rows], digits)
+    for task in ACCURACY.values():
+        shares = document["accuracy"][task]
+        asked = [100 * shares[row]["value"] for row in rows if row in shares]
+        yield f"{spread(asked, 0)} %" if asked else ""
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def share_of_peoples_sds(document: Mapping[str, Any], model: str, setting: str) -> str:

@@ -646,6 +646,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "prompted": prompted,
     "long_texts": long_texts,
     "headline": headline_table.models,
+    "headline_seeds": headline_table.seeds,
     "headline_targets": headline_table.targets,
     "forms": forms,
     "families": families,
@@ -659,6 +660,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 RESULT_OF = {
     "every_setting": "real",
     "law_settings": "laws",
+    "headline_seeds": "headline",
     "headline_targets": "headline",
 }
 """The results of tables that have another name."""
@@ -666,6 +668,7 @@ OPTIONAL = {
     "gpu",
     "soak",
     "headline",
+    "headline_seeds",
     "headline_targets",
     "laws",
     "law_settings",
