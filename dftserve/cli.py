@@ -225,6 +225,11 @@ def verify(
     from dftserve.serve import base_url
 
     key = api_key_of(api_key_env or "OPENAI_API_KEY", must=api_key_env is not None)
+    click.echo(
+        f"Sending at most {doctor.REQUESTS} requests, of {doctor.MOST_TOKENS:,} tokens in all; "
+        "this takes minutes if the server runs on a CPU.",
+        err=True,
+    )
     with usage_errors():
         server = Server(
             base_url(url),

@@ -11,12 +11,14 @@ Imports no large package, unless there are styles: versions and source files are
 from collections.abc import Mapping
 
 from dftserve.doctor import contract, engine, entry_points, packages, styles, switches
-from dftserve.doctor.behaviour import Report, verify
+from dftserve.doctor.behaviour import MOST_TOKENS, REQUESTS, Report, verify
 from dftserve.doctor.contract import judge
 from dftserve.doctor.findings import Finding, as_json, as_text, aside, exit_code
 from dftserve.doctor.server import ask
 
 __all__ = [
+    "MOST_TOKENS",
+    "REQUESTS",
     "Finding",
     "Report",
     "as_json",

@@ -96,7 +96,7 @@ def run(monkeypatch, *arguments, **options):
 def test_a_correct_server_passes(monkeypatch):
     result, received = run(monkeypatch, "--json")
     assert result.exit_code == 0, result.output
-    report = json.loads(result.output)
+    report = json.loads(result.stdout)
     assert report["ok"]
     assert {finding["state"] for finding in report["findings"]} == {"ok"}
     assert report["server"]["device"] == "cpu"
@@ -137,7 +137,7 @@ def test_a_slow_server_can_be_given_longer():
 def test_the_report_on_an_unreachable_server_has_no_address(address):
     result = CliRunner().invoke(main, ["verify", "--url", address, "--json"])
     assert result.exit_code == 1
-    (finding,) = json.loads(result.output)["findings"]
+    (finding,) = json.loads(result.stdout)["findings"]
     assert "cannot be reached" in finding["text"]
     for part in ("127.0.0.1", "no-such-host", "http:", "https:"):
         assert part not in result.output
@@ -159,7 +159,7 @@ def test_the_report_on_an_unreachable_server_has_no_address(address):
 def test_a_failed_check_is_named_with_exit_code_1(monkeypatch, options, name):
     result, _ = run(monkeypatch, "--json", **options)
     assert result.exit_code == 1, result.output
-    findings = json.loads(result.output)["findings"]
+    findings = json.loads(result.stdout)["findings"]
     assert [each["name"] for each in findings if each["state"] == "error"] == [name]
 
 
@@ -185,7 +185,7 @@ def test_a_check_that_the_policy_forbids_is_a_warning(monkeypatch, policy):
     capped = CAPABILITIES | {"policy": {"on_excess": "reject", **policy_fields}}
     result, _ = run(monkeypatch, "--json", capabilities=capped, max_level=max_level)
     assert result.exit_code == 0, result.output
-    findings = json.loads(result.output)["findings"]
+    findings = json.loads(result.stdout)["findings"]
     (warned,) = [each for each in findings if each["state"] != "ok"]
     assert (warned["name"], warned["state"]) == (name, "warning")
     assert "policy" in warned["text"]
@@ -206,7 +206,7 @@ def test_a_policy_that_lowers_values_until_nothing_can_rise_is_a_warning(monkeyp
     clamps = CAPABILITIES | {"policy": {"on_excess": "clamp"}}
     result, _ = run(monkeypatch, "--json", capabilities=clamps, in_force=in_force)
     assert result.exit_code == 0, result.output
-    findings = {each["name"]: each for each in json.loads(result.output)["findings"]}
+    findings = {each["name"]: each for each in json.loads(result.stdout)["findings"]}
     assert [name for name, each in findings.items() if each["state"] != "ok"] == warned
     assert "not checked: the operator's policy" in findings["effect"]["text"]
     # Without a policy, a lowered value is an error.
