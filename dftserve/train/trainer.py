@@ -372,7 +372,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
     Raises:
         CheckpointError: the newest one is damaged, so that resuming from it would not be exact;
-            names the newest undamaged one, if any.
+            says from where the run can go on without it.
     """
     for leftover in run.glob(f"*{atomic.PARTIAL}"):
         if leftover.is_dir():
@@ -387,12 +387,12 @@ def last_checkpoint(run: Path) -> Path | None:
         checkpoint.verify(newest)
     except CheckpointError as error:
         whole = next((path for path in reversed(older) if is_whole(path)), None)
-        if whole is None:
-            raise
-        raise CheckpointError(
-            f"{str(error).removesuffix('.')}, or remove {newest} to go on from {whole.name}, which "
-            "is whole."
-        ) from None
+        otherwise = (
+            f"remove {newest} to go on from {whole.name}, which is whole"
+            if whole is not None
+            else f"remove the {PREFIX_CHECKPOINT_DIR} folders of {run} to start at the first step"
+        )
+        raise CheckpointError(f"{str(error).removesuffix('.')}, or {otherwise}.") from None
     return newest
 
 

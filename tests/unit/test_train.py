@@ -1120,8 +1120,11 @@ def test_if_the_newest_checkpoint_is_damaged_an_older_intact_one_is_named(run):
     with pytest.raises(ValueError, match=r"or remove .*checkpoint-4 to go on from checkpoint-2"):
         train(config)
     (older / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"copy the checkpoint again\.$"):
+    with pytest.raises(ValueError, match=r"remove the checkpoint folders of .* to start at the f"):
         train(config)
+    for damaged in (newest, older):
+        shutil.rmtree(damaged)
+    assert train(config).name == "final"
 
 
 SIGNALLED_WITH_ITS_WORKERS = """
