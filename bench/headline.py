@@ -4,7 +4,7 @@
     DFTSERVE_DATA=path/to/data python bench/headline_models.py --model MODEL      # first: models
     DFTSERVE_DATA=path/to/data python bench/headline.py --model MODEL [--folder build/headline]
         [--seed 0 --seed 1] [--dtype auto]
-        [--base-answers bench/results/texts/real_answers.jsonl.gz]
+        [--base-answers bench/results/texts/real_answers.jsonl.xz]
 
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
 (bench/real_answers.py) without the field at T 1, and with the law `words` at .25; sft and half way
@@ -20,11 +20,11 @@ Each model also scores human text:
     books (books/heldout)
 Everything is compared with the collapsed start, paired by prompt, question or text, except for SDS,
 whose differences treat answers as independent. Intervals are 95 %.
-The last line is one JSON document; the answers are stored in results/texts/headline.jsonl.gz.
+The last line is one JSON document; the answers are stored in results/texts/headline.jsonl.xz.
 """
 
-import gzip
 import json
+import lzma
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +90,7 @@ BOOK_CHARACTERS = 1500
 @click.option(
     "--base-answers",
     type=click.Path(exists=True, path_type=Path),
-    help="Existing answers of --model, such as bench/results/texts/real_answers.jsonl.gz; it makes "
+    help="Existing answers of --model, such as bench/results/texts/real_answers.jsonl.xz; it makes "
     "no others.",
 )
 @click.option("--folder", default=Path("build/headline"), type=click.Path(path_type=Path))
@@ -201,7 +201,7 @@ def unpack(packed_answers: Path, folder: Path) -> None:
     place = folder / "answers.jsonl"
     if not place.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with gzip.open(packed_answers, "rb") as packed:
+        with lzma.open(packed_answers, "rb") as packed:
             atomic.write_text(place, packed.read().decode())
 
 

@@ -14,7 +14,7 @@ before any answer was seen, from little variety to much, so that laws are compar
                               the same for errors and a style distance up to FARTHEST
 Each law is compared, on the same prompts, with one temperature on the guard, the simplest law that
 cuts first and then heats; p has Holm's correction for the number of laws. Intervals are 95 %. The
-answers are stored in results/texts/laws.jsonl.gz. The last line is one JSON document.
+answers are stored in results/texts/laws.jsonl.xz. The last line is one JSON document.
 """
 
 import json

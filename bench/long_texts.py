@@ -10,7 +10,7 @@ tokens (no stop token before). Each text is split into fifths of equally many wo
     repeated    share of the runs of four words that occur earlier in the same text
 `change` is the last fifth minus the first, of the same texts. Intervals are 95 %, by leaving out a
 tenth of the prompts at a time. The last line is one JSON document; the answers are stored in
-results/texts/long_texts.jsonl.gz.
+results/texts/long_texts.jsonl.xz.
 """
 
 import json

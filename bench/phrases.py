@@ -25,8 +25,8 @@ once. The same command resumes where it was stopped; only complete blocks are me
 line is one JSON document.
 """
 
-import gzip
 import json
+import lzma
 import math
 import sys
 from collections import Counter
@@ -318,8 +318,7 @@ def whole_blocks(folder: Path, ways: Mapping[str, Any]) -> dict[str, list[Given]
 
 def keep(answers: Mapping[str, Sequence[Given]], path: Path) -> None:
     lines = [json.dumps(asdict(one), ensure_ascii=False) for of in answers.values() for one in of]
-    # Without a timestamp, so that the same answers give the same file.
-    path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), 9, mtime=0))
+    path.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode()))
 
 
 # ── Measures ─────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ Each prompt of bench/variety.py is asked once within each of two prompts that as
     seed         a random string first, from which the model is to choose its answer (string seed of
                  thought, arXiv 2510.21150); followed if both stand in their tags
 Only where most answers follow can variety be measured. The last line is one JSON document; the
-answers are stored in results/texts/prompted.jsonl.gz.
+answers are stored in results/texts/prompted.jsonl.xz.
 """
 
 import json

@@ -109,7 +109,7 @@ def by_setting(answers: Sequence[Answer], prompt_set: str) -> dict[str, list[Ans
 
 def texts_of(output: Path) -> Path:
     """The file for the answers behind a result: in results/texts, or next to a result elsewhere."""
-    name = f"{output.stem}.jsonl.gz"
+    name = f"{output.stem}.jsonl.xz"
     is_ours = output.parent.resolve() == RESULTS.resolve()
     return RESULTS / "texts" / name if is_ours else output.with_name(name)
 

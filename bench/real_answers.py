@@ -13,8 +13,8 @@ The dtype is the checkpoint's, bf16, by default; on a CPU without bf16 instructi
 times faster.
 """
 
-import gzip
 import json
+import lzma
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -246,7 +246,7 @@ def add(store: AnswerStore[Answer], answers: Sequence[Answer], known: Set[Place]
 
 def pack(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write answers in the format of results/texts."""
-    with gzip.open(file, "wt", encoding="utf-8") as packed:
+    with lzma.open(file, "wt", encoding="utf-8") as packed:
         for row in rows:
             packed.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -10,9 +10,9 @@ The last line is one JSON document.
 """
 
 import csv
-import gzip
 import io
 import json
+import lzma
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def main(wheel: Path, output: Path) -> None:
         "PyRIT": labelled(wheel),
     }
     data = Path(os.environ["DFTSERVE_DATA"])
-    paths = [*(RESULTS / "texts").glob("*.jsonl.gz"), *(data / "human_ai").glob("*.json")]
+    paths = [*(RESULTS / "texts").glob("*.jsonl.xz"), *(data / "human_ai").glob("*.json")]
     others = {path.name: strings(path) for path in sorted(paths)}
     others["books, by paragraph"] = paragraphs(data / "books")
     found = {
@@ -85,8 +85,8 @@ def refusals_among(texts: Sequence[str]) -> dict[str, int]:
 
 
 def strings(path: Path) -> Iterator[str]:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
+    if path.suffix == ".xz":
+        with lzma.open(path, "rt", encoding="utf-8") as lines:
             yield from (json.loads(line)["text"] for line in lines)
     else:
         yield from (each for each in leaves(json.loads(path.read_text())) if len(each) > SHORTEST)
