@@ -86,7 +86,7 @@ WAYS: Mapping[str, Way] = {
     "gem": Way(PLAIN, DivergenceConfig(name="gem", temperature=0.7)),
     "sft features": Way(PLAIN, DivergenceConfig(name="sft"), FeatureMatchingConfig()),
 }
-MEANS: Mapping[str, Sequence[str]] = {"half way": (START, SFT), HALF_WAY_BACK: (BASE, SFT)}
+MEANS: Mapping[str, Sequence[str]] = {"half way": (SFT, START), HALF_WAY_BACK: (SFT, BASE)}
 MODELS = (START, *WAYS, *MEANS)
 BEGINNING = 6
 """Words by which stories of one prompt are recognised; a prompt in the data may include the start

@@ -4,7 +4,8 @@
 
 Each weight is share · tuned + (1 − share) · other, computed in float32. If `other` is the model
 that the tuning started from, this is WiSE-FT (arXiv 2109.01903), which keeps part of what tuning
-changed and restores part of what it damaged. Everything but the weights is the tuned model's.
+changed and restores part of what it damaged. Everything but the weights and their dtype is the
+tuned model's.
 """
 
 import json
@@ -57,7 +58,7 @@ class Interpolation:
 
 
 def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
-    """Write a checkpoint with interpolated weights, in the tuned model's dtype.
+    """Write a checkpoint with interpolated weights, in the wider dtype of the two models.
 
     Both models are in memory at once. The written weights are read back and compared.
 
@@ -93,8 +94,12 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
         share=share, models=made_from, argv=tuple(sys.argv), versions=checkpoint.versions()
     )
     info = _info(models["tuned"], record)
-    model = _load(models["tuned"])
-    _mix(model, _load(models["other"]), share)
+    # Not "auto", which replaces half precision by float32 on some CPUs. Half precision would round
+    # away what one model learnt in float32, so the wider of both is kept.
+    dtypes = [found.config.dtype or torch.float32 for found in models.values()]
+    dtype = torch.promote_types(*dtypes)
+    model = pretrained.load(models["tuned"], dtype=dtype)
+    _mix(model, pretrained.load(models["other"], dtype=dtype), share)
     with atomic.folder(out) as made, writing(out):
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
@@ -169,11 +174,6 @@ def _check_tokens(
 
 
 # ── Weights ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _load(found: ModelFiles) -> Any:
-    # Not "auto", which replaces half precision by float32 on some CPUs: the result must keep it.
-    return pretrained.load(found, dtype=found.config.dtype or torch.float32)
 
 
 @torch.no_grad()

@@ -572,7 +572,7 @@ def test_v1_reads_the_prompt_and_the_output():
     assert torch.equal(rows_RV[1], logits()[1] / 0.5)
     processor.update_state(BatchUpdate(1, removed=[0], added=[], moved=[]))
     assert not processor._repeats._by_slot
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
 
 
 class V2:
@@ -623,7 +623,7 @@ class V2:
         )
         with watch() as watching:
             self.processor.apply(rows_RV, context)
-        assert self.processor.stats.faults == 0
+        assert self.processor.state.faults == 0
         return watching
 
 

@@ -376,13 +376,14 @@ def test_the_variable_given_for_the_key_must_be_set(folder, tmp_path, monkeypatc
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
+    (tmp_path / "refusals.jsonl").write_text('{"prompt": "Hello?", "refuse": false}\n')
     url = "http://127.0.0.1:1"
     out = ("--out", tmp_path / "out")
     human = ("--human", folder / "people.jsonl", "--url", url, "--judge", "x")
     for words in (
         ("run", url, "--prompts", prompts, "--anchors", folder / "anchors", *out),
         ("judge", folder / "out", *human, "--words", "80"),
-        ("accuracy", url, *out, "--data", tmp_path),
+        ("accuracy", url, *out, "--data", tmp_path, "--tasks", "refusals"),
     ):
         refused = run(*words, "--api-key-env", "NO_SUCH_KEY")
         assert refused.exit_code == 2, refused.output

@@ -109,7 +109,7 @@ def test_a_step_of_the_v1_runner_costs_the_same_for_any_number_of_rows(engine, k
         processor, _, end_step = v1_of(engine, rows, kind)
         logits_RV = torch.zeros(rows, V)
         found = work_of(lambda: processor.apply(logits_RV), end_step)
-        assert processor.stats.faults == 0
+        assert processor.state.faults == 0
         return found
 
     assert work(SLOTS) == work(2)
@@ -132,7 +132,7 @@ def test_a_v1_step_with_a_changed_batch_costs_the_same_for_any_number_of_rows(en
             processor.apply(logits_RV)
 
         found = work_of(step, end_step)
-        assert processor.stats.faults == 0
+        assert processor.state.faults == 0
         return found
 
     assert work(SLOTS) == work(2)
@@ -167,7 +167,7 @@ def v2_work(engine, rows, kind, *others, drafts=0):
     )
     logits_RV = torch.zeros(len(offsets), V)
     found = work_of(lambda: processor.apply(logits_RV, context), lambda: context.pos.add_(1))
-    assert processor.stats.faults == 0
+    assert processor.state.faults == 0
     return found
 
 
@@ -213,7 +213,7 @@ def test_forwarding_a_report_costs_the_same_for_any_number_of_rows(engine):
     def work(rows):
         processor, _, end_step = v1_of(engine, rows, "a law")
         processor.apply(torch.zeros(rows, V))
-        pending = processor.stats.take_report()
+        pending = processor.state.take_report()
         outputs = [SimpleNamespace(request_id=str(i), finish_reason=None) for i in range(rows)]
         clients = {0: SimpleNamespace(outputs=outputs)}
         indices = {str(i): i for i in range(rows)}

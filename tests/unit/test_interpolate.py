@@ -66,6 +66,16 @@ def test_half_precision_is_rounded_once_and_kept(two, tmp_path):
         assert torch.equal(weight, mean.to(torch.bfloat16)), name
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+def test_float32_of_one_model_is_not_rounded_to_the_other_ones_half_precision(wide, two, tmp_path):
+    half = two[1 - wide]
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    interpolate(*map(str, two), share=0.5, out=tmp_path / "out")
+    ours, theirs = map(load_file, (folder / "model.safetensors" for folder in two))
+    for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(weight, (ours[name].float() + theirs[name].float()) / 2)
+
+
 def test_weights_on_a_line_have_logits_between_in_a_linear_layer(two, tmp_path):
     """Of models that differ only in their last layer, logits are interpolated too."""
     tuned, other = (save_model(tmp_path / n, tied=False, seed=1) for n in ("a", "b"))
