@@ -3,8 +3,9 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -35,14 +36,26 @@ def deferred() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def defer(number: int, frame: object) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before, defer)
     if received:
         signal.raise_signal(received[0])
+
+
+def _restore(handlers: Mapping[signal.Signals, Any], replaced: Callable[..., None]) -> None:
+    """Restore every handler, even if a signal arrives in between and one that is already restored
+    raises: otherwise the process would ignore the other signal from then on."""
+    try:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is replaced:
+                signal.signal(number, handler)
+    except BaseException:
+        _restore(handlers, replaced)
+        raise

@@ -496,6 +496,24 @@ def test_a_signal_while_the_processes_start_takes_effect_afterwards(monkeypatch,
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_while_handlers_are_restored_leaves_none_deferred(monkeypatch):
+    """It raises from the handler of SIGINT, which is restored before that of SIGTERM."""
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    replace = signal.signal
+
+    def interrupted(number, handler):
+        found = replace(number, handler)
+        if handler is before[0]:
+            raise KeyboardInterrupt
+        return found
+
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
+        monkeypatch.setattr(signals.signal, "signal", interrupted)
+    monkeypatch.undo()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_processes_can_be_started_by_another_thread():
     workers = [_Worker(queue.SimpleQueue()) for _ in range(2)]
     with ThreadPoolExecutor() as threads:
