@@ -1,10 +1,12 @@
-"""How a build reacts to SIGINT and SIGTERM: it unwinds once, and ends its processes."""
+"""Handlers of SIGINT and SIGTERM, and how a build reacts to them: it unwinds once, and ends its
+processes."""
 
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -36,26 +38,29 @@ def deferred() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-
-    def defer(number: int, frame: object) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_by(lambda number, _: received.append(number)):
         yield
-    finally:
-        _restore(before, defer)
     if received:
         signal.raise_signal(received[0])
 
 
-def _restore(handlers: Mapping[signal.Signals, Any], replaced: Callable[..., None]) -> None:
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Meanwhile SIGINT and SIGTERM call the handler. Python allows this in the main thread only."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _restore(before, handler)
+
+
+def _restore(former: Mapping[signal.Signals, Any], handler: Callable[..., object]) -> None:
     """Restore every handler, even if a signal arrives in between and one that is already restored
     raises: otherwise the process would ignore the other signal from then on."""
     try:
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is replaced:
-                signal.signal(number, handler)
+        for number, each in former.items():
+            if signal.getsignal(number) is handler:
+                signal.signal(number, each)
     except BaseException:
-        _restore(handlers, replaced)
+        _restore(former, handler)
         raise

@@ -5,7 +5,6 @@ Shapes: T trained positions of a batch.
 
 import math
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dftserve import atomic, checkpoint
 from dftserve.checkpoint import CheckpointError
 from dftserve.library_writes import writing
+from dftserve.targets import signals
 from dftserve.train import workers
 from dftserve.train.feature_matching import FeatureMatching, Matched
 from dftserve.train.mixed import MixedRows, MixedSampler
@@ -425,7 +425,6 @@ class StopOnSignal(TrainerCallback):
         self.agreed: int | None = None
         """The signal on which all processes stopped."""
         self._received = 0
-        self._former: dict[int, Any] = {}
         self._group: Any = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -433,13 +432,8 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def installed(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._former[number] = signal.signal(number, self._receive)
-        try:
+        with signals.handled_by(self._receive):
             yield self
-        finally:
-            for number, former in self._former.items():
-                signal.signal(number, former)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
