@@ -26,7 +26,6 @@ line is one JSON document.
 """
 
 import json
-import lzma
 import math
 import sys
 from collections import Counter
@@ -43,7 +42,7 @@ import torch
 from model_option import model_option
 from numpy.typing import NDArray
 from real import RESULTS, Checks, rounded, texts_of
-from real_answers import Answer, data_folder
+from real_answers import Answer, data_folder, pack
 
 from dftserve.evaluate import reference
 from dftserve.evaluate.benchmark import tasks
@@ -120,7 +119,7 @@ def main(
         "fit": None if fit is None else json.loads(fit.read_text()),
     }
     if answers[STOCK]:
-        keep(answers, texts_of(output))
+        pack(texts_of(output), (asdict(one) for each in answers.values() for one in each))
     output.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
@@ -314,11 +313,6 @@ def whole_blocks(folder: Path, ways: Mapping[str, Any]) -> dict[str, list[Given]
                 for answer in grid.read(at / grid.ANSWERS, grid.Answer)
             ]
         block += 1
-
-
-def keep(answers: Mapping[str, Sequence[Given]], path: Path) -> None:
-    lines = [json.dumps(asdict(one), ensure_ascii=False) for of in answers.values() for one in of]
-    path.write_bytes(lzma.compress(("\n".join(lines) + "\n").encode()))
 
 
 # ── Measures ─────────────────────────────────────────────────────────────────────────────────────

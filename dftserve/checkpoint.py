@@ -37,14 +37,14 @@ from dftserve.bounded_files import (
     with_advice,
 )
 from dftserve.digest import digest_of, joined_digest, text_digest
-from dftserve.spec import CHECKSUMS, CheckpointInfo
+from dftserve.spec import CHECKSUMS, FINAL, CheckpointInfo
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RUN, CARD = "run.json", "README.md"
-FINAL, RUN_SETTINGS = "final", "settings.json"
-"""In the folder of a run: its final checkpoint, and the settings that it starts with."""
+RUN_SETTINGS = "settings.json"
+"""In the folder of a run: the settings that it starts with."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "safetensors")
 LARGEST_CHECKSUMS = LARGEST_CARD = 1 << 20
 """Maximum bytes of each."""

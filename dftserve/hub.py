@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dftserve.digest import joined_digest, sampled_digest
 from dftserve.model_folder import CONFIG, weight_files
-from dftserve.spec import nearest, question
+from dftserve.spec import FINAL, nearest, question
 
 ALL_BUT_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS_TOO = (*ALL_BUT_WEIGHTS, "model*.safetensors")
@@ -102,7 +102,7 @@ def check_path(model: str | Path) -> None:
 
 
 def _check_not_a_run(folder: Path) -> None:
-    checkpoint = folder / "final"
+    checkpoint = folder / FINAL
     if (checkpoint / CONFIG).exists() and not (folder / CONFIG).exists():
         raise ValueError(
             f"model: got {str(folder)!r}, the folder of a run; give its checkpoint, {checkpoint}."

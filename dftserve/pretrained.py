@@ -10,7 +10,7 @@ refuse the same models, for the same reasons.
 import functools
 import logging
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +236,7 @@ def load(
     ):
         if info[kind]:
             raise ValueError(
-                f"{files.name} {what} {_named(info[kind])}; accepted: a tensor for each weight of "
+                f"{files.name} {what} {named(info[kind])}; accepted: a tensor for each weight of "
                 f"{type(model).__name__} and no other. Copy the model again, or save it with the "
                 "version of transformers that it was made with."
             )
@@ -303,7 +303,8 @@ def _check_padding_row(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _named(names: Sequence[str] | set[str]) -> str:
+def named(names: Collection[str]) -> str:
+    """The first names in their order, and the number of the others, for an error message."""
     ordered = sorted(map(str, names))
     more = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
     return ", ".join(ordered[:NAMED]) + more

@@ -22,6 +22,8 @@ STYLES_VARIABLE = "DFTSERVE_STYLES"
 MAX_JSON_CHARACTERS = 4096
 CHECKSUMS = "checksums.json"
 """The file of a checkpoint by which its completeness is verified."""
+FINAL = "final"
+"""The folder of a run's final checkpoint."""
 
 
 class DiversityError(ValueError):

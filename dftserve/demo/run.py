@@ -19,11 +19,11 @@ from openai import OpenAI
 from rich.console import Console
 
 from dftserve import atomic
-from dftserve.checkpoint import FINAL
 from dftserve.demo import ask, show
 from dftserve.demo.mark import can_find_errors
 from dftserve.demo.model import smollm2
 from dftserve.serve import running
+from dftserve.spec import FINAL
 
 PAGE = "demo.html"
 HEARTBEAT_SECONDS = 30.0

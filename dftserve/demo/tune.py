@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dftserve.bounded_files import read_json
-from dftserve.checkpoint import FINAL
+from dftserve.spec import FINAL
 from dftserve.targets.run import Job
 from dftserve.targets.run import build as build_targets
 from dftserve.train.config import DivergenceConfig, LoraConfig, TrainConfig

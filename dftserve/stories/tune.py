@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dftserve.checkpoint import FINAL
+from dftserve.spec import FINAL
 from dftserve.stories.grammar import PROMPTS, generate
 from dftserve.stories.model import STEPS, build
 from dftserve.targets.run import Job

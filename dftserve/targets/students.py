@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from dftserve import pretrained, settings
 from dftserve.bounded_files import read_json
+from dftserve.spec import FINAL
 from dftserve.targets.document import Document
 from dftserve.targets.source import DenseSource, Rows
 from dftserve.targets.teacher import Teacher
@@ -90,7 +91,7 @@ def run_of(folder: Path, fold: int) -> Path:
 
 def final_of(folder: Path, fold: int) -> Path:
     """The folder of the model that was trained without this fold."""
-    return run_of(folder, fold) / "final"
+    return run_of(folder, fold) / FINAL
 
 
 def fold_of(document: Document, folds: int) -> int:

@@ -22,12 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dftserve import atomic, checkpoint, pretrained
-from dftserve.checkpoint import FINAL
 from dftserve.library_writes import writing
 from dftserve.pretrained import ModelFiles
-from dftserve.spec import CheckpointInfo
+from dftserve.spec import FINAL, CheckpointInfo
 from dftserve.targets.document import load_tokenizer
-from dftserve.train.save import copy_companions
+from dftserve.train.save import copy_companions, try_save
 
 WITHOUT_EFFECT = (
     "_attn_implementation_internal",
@@ -41,8 +40,6 @@ WITHOUT_EFFECT = (
 )
 """Settings of a config.json that may differ between the two models: they do not change what the
 weights compute. So may token ids and dropout."""
-NAMED = 5
-"""Number of differences that an error lists; the rest are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +65,9 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
         out: the folder of the checkpoint, which must not exist.
 
     Raises:
-        ValueError: a share that is not between 0 and 1; a model that cannot be loaded; models that
-            differ in their configuration, their tokens or the shape of a weight; weights that are
-            the same, or whose saved form is read back otherwise.
+        ValueError: a share that is not between 0 and 1; a model that cannot be loaded or saved;
+            models that differ in their configuration, their tokens or the shape of a weight;
+            weights that are the same, or whose saved form is read back otherwise.
         OSError: `out` exists or cannot be written.
     """
     if not 0 < share < 1:
@@ -99,6 +96,7 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
     dtypes = [found.config.dtype or torch.float32 for found in models.values()]
     dtype = torch.promote_types(*dtypes)
     model = pretrained.load(models["tuned"], dtype=dtype)
+    try_save(model, tokenizer, tuned)
     _mix(model, pretrained.load(models["other"], dtype=dtype), share)
     with atomic.folder(out) as made, writing(out):
         model.save_pretrained(made)
@@ -114,21 +112,16 @@ def interpolate(tuned: str, other: str, *, share: float, out: Path) -> None:
 
 def _check_configurations(tuned: ModelFiles, other: ModelFiles) -> None:
     ours, theirs = (_settings(found.config.to_dict()) for found in (tuned, other))
-    differing = sorted(
-        name
+    differing = [
+        f"{name} ({_short(ours.get(name))} and {_short(theirs.get(name))})"
         for name in ours.keys() | theirs.keys()
         if not _is_same(ours.get(name), theirs.get(name))
-    )
+    ]
     if differing:
-        shown = [
-            f"{name} ({_short(ours.get(name))} and {_short(theirs.get(name))})"
-            for name in differing[:NAMED]
-        ]
-        more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
         raise ValueError(
-            f"{tuned.name} and {other.name} differ in their config.json: {', '.join(shown)}{more}; "
-            "accepted: models of one architecture, such as a tuned model and the one that it was "
-            "tuned from."
+            f"{tuned.name} and {other.name} differ in their config.json: "
+            f"{pretrained.named(differing)}; accepted: models of one architecture, such as a tuned "
+            "model and the one that it was tuned from."
         )
 
 
@@ -163,13 +156,13 @@ def _check_tokens(
     model's."""
     mine, others = ours.get_vocab(), theirs.get_vocab()
     differing = [
-        token for token in mine.keys() | others.keys() if mine.get(token) != others.get(token)
+        repr(token) for token in mine.keys() | others.keys() if mine.get(token) != others.get(token)
     ]
     if differing:
-        shown = ", ".join(repr(token) for token in sorted(differing)[:NAMED])
         raise ValueError(
-            f"{tuned} and {other} give other ids to {len(differing):,} tokens ({shown}); accepted: "
-            "models with the same tokens, as a row of the embedding must mean the same in both."
+            f"{tuned} and {other} give other ids to {len(differing):,} tokens "
+            f"({pretrained.named(differing)}); accepted: models with the same tokens, as a row of "
+            "the embedding must mean the same in both."
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
-from dftserve.checkpoint import FINAL
+from dftserve.spec import FINAL
 from dftserve.train import final_checkpoint, processes, target_weight
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.final_checkpoint import whole_model

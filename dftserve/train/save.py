@@ -62,7 +62,7 @@ def try_save(model: Any, tokenizer: Any, name: str) -> int:
         except Exception as error:
             reason = " ".join(str(error).split())[:200].rstrip(". ")
             raise ValueError(
-                f"{name} loads but cannot be saved, so its training would be lost: {reason}. "
+                f"{name} loads but cannot be saved, so the result would be lost: {reason}. "
                 "Correct the model's config.json, generation_config.json or tokenizer first."
             ) from error
 

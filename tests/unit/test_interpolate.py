@@ -169,6 +169,18 @@ def test_an_existing_output_is_not_touched(two, tmp_path):
     assert not any(out.iterdir())
 
 
+def test_a_model_that_cannot_be_saved_is_refused_before_the_other_one_is_read(
+    two, tmp_path, monkeypatch
+):
+    (two[0] / "generation_config.json").write_text(json.dumps({"temperature": 0.7}))
+    loaded, load = [], pretrained.load
+    monkeypatch.setattr(
+        pretrained, "load", lambda found, **given: loaded.append(found) or load(found, **given)
+    )
+    assert "cannot be saved" in refused(two, tmp_path / "out")
+    assert [each.name for each in loaded] == [str(two[0])]
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_weights_are_read(
     two, tmp_path, monkeypatch
 ):

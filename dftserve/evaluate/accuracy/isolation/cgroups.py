@@ -89,22 +89,16 @@ def group(*, memory: int, processes: int) -> Iterator[Group | None]:
 @cache
 def places() -> Mapping[str, Place]:
     """Where groups can be created, by controller; empty if memory cannot be counted."""
-    places_by_controller = {
-        name: place for name in CONTROLLERS if (place := _place(name)) is not None
-    }
-    return (
-        places_by_controller
-        if "memory" in places_by_controller and _works(places_by_controller)
-        else {}
-    )
+    by_controller = {name: place for name in CONTROLLERS if (place := _place(name)) is not None}
+    return by_controller if "memory" in by_controller and _works(by_controller) else {}
 
 
-def _works(places_by_controller: Mapping[str, Place]) -> bool:
+def _works(by_controller: Mapping[str, Place]) -> bool:
     """Try it with a waiting process: a folder that is writable may still not be usable."""
     command = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
         try:
-            with _group(places_by_controller, 1 << 30, 64) as created:
+            with _group(by_controller, 1 << 30, 64) as created:
                 created.add(waiting.pid)
                 waiting.communicate()
         except OSError:
@@ -113,10 +107,8 @@ def _works(places_by_controller: Mapping[str, Place]) -> bool:
 
 
 @contextlib.contextmanager
-def _group(
-    places_by_controller: Mapping[str, Place], memory: int, processes: int
-) -> Iterator[Group]:
-    created = Group(places_by_controller, f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
+def _group(by_controller: Mapping[str, Place], memory: int, processes: int) -> Iterator[Group]:
+    created = Group(by_controller, f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         for folder in created.folders:
             folder.mkdir()
