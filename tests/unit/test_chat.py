@@ -278,7 +278,7 @@ def test_a_pipe_that_goes_on_after_quit_is_left_open(capsys, monkeypatch):
     [
         (refuse(400, {"error": {"message": "diversity: got 7", "code": 400}}), "diversity: got 7"),
         (refuse(401, {"error": "Unauthorized"}), "Unauthorized"),
-        (refuse(500, ["?"]), "500"),
+        (refuse(500, ["?"]), "answers 500"),
         (stream(chunk("On"), {"error": {"message": "engine is dead"}}), "engine is dead"),
         (stream(chunk("On"), end=b"data: {half\n\n"), "Expecting property name"),
         (break_off, "closed"),
