@@ -74,6 +74,9 @@ class PinnedStaging:
     def to_device_together(self, *arrays: NDArray[np.generic]) -> list[Tensor]:
         """Copies of several arrays in one transfer; each is aligned so that kernels can load 16
         bytes at once."""
+        if self._transport is None:
+            # Without a transfer to save, packing them would cost 20 of a step's microseconds.
+            return [self.to_device(array) for array in arrays]
         starts, size = [], 0
         for array in arrays:
             starts.append(size)

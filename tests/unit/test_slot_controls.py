@@ -13,22 +13,27 @@ def row(level=0.5, stops=()):
     return control_row(parse(level), temperature=0.8, logits_divisor=1.0, stop_ids=frozenset(stops))
 
 
-@pytest.fixture
-def sent(monkeypatch):
-    """Sizes in bytes of the copies to the device."""
-    sizes = []
-    to_device = PinnedStaging.to_device
+class Copies:
+    """A transport that copies at once, and keeps the size in bytes of each copy."""
 
-    def counting(self, values):
-        sizes.append(values.nbytes)
-        return to_device(self, values)
+    def __init__(self):
+        self.sizes = []
 
-    monkeypatch.setattr(PinnedStaging, "to_device", counting)
-    return sizes
+    def pinned(self, size):
+        return torch.empty(size, dtype=torch.uint8)
+
+    def send(self, host):
+        self.sizes.append(len(host))
+        return host.clone(), lambda: True
 
 
-def test_the_device_has_the_row_of_each_request(sent):
-    controls = SlotControls(4, "cpu")
+def controls_and_copies():
+    copies = Copies()
+    return SlotControls(4, "cpu", PinnedStaging("cpu", copies)), copies.sizes
+
+
+def test_the_device_has_the_row_of_each_request():
+    controls, sent = controls_and_copies()
     controls.put(2, row(0.7, {5, 9}))
     controls.put(0, row(0.2, {3}))
     on_device = controls.on_device()
@@ -39,8 +44,8 @@ def test_the_device_has_the_row_of_each_request(sent):
     assert on_device.holds_request().tolist() == [True, False, True, False]
 
 
-def test_nothing_is_sent_while_nothing_changes(sent):
-    controls = SlotControls(4, "cpu")
+def test_nothing_is_sent_while_nothing_changes():
+    controls, sent = controls_and_copies()
     controls.put(2, row())
     assert controls.on_device() is controls.on_device()
     controls.clear(1)
@@ -60,14 +65,15 @@ def test_stop_tokens_take_memory_only_during_their_request():
     assert controls.on_device().stop_ids_RE.tolist() == [[3], [8], [-1], [-1]]
 
 
-def test_arrays_sent_together_arrive_unchanged():
+@pytest.mark.parametrize("transport", [None, Copies()], ids=["host", "device"])
+def test_arrays_sent_together_arrive_unchanged(transport):
     given = [
         np.arange(3, dtype=np.int32),
         np.array([[2**62]]),
         np.zeros((0, 2), np.float32),
         np.array([1.5, -0.0], dtype=np.float32),
     ]
-    arrived = PinnedStaging("cpu").to_device_together(*given)
+    arrived = PinnedStaging("cpu", transport).to_device_together(*given)
     for array, tensor in zip(given, arrived, strict=True):
         assert torch.equal(torch.from_numpy(array), tensor)
         assert tensor.dtype == torch.from_numpy(array).dtype

@@ -77,6 +77,8 @@ class _Batch:
 
     def last_tokens(self, lengths: Array) -> NDArray[np.int32]:
         """The token that precedes each row's next one."""
+        if lengths.all():
+            return np.fromiter(map(_LAST, self.outputs), np.int32, len(self.outputs))
         last = self.prompt_end_R.copy()
         written = np.flatnonzero(lengths)
         ends = map(_LAST, compress(self.outputs, lengths.tolist()))
