@@ -7,10 +7,11 @@
         [--base-answers bench/results/texts/real_answers.jsonl.xz]
 
 Each model of bench/headline_models.py that the folder has, and the base model, answers through vLLM
-(bench/real_answers.py) without the field at T 1, and with the law `words` at .25; sft and half way
-back also at T .85. The last two are the settings that bench/laws.py found best for a tuned model,
-of ours and of stock vLLM's. Half way back, which makes few errors at them, also writes stories with
-`words` at 1. With `--base-answers`, the base model makes no new ones.
+(bench/real_answers.py) without the field at T 1, and with the law `words` at .25; sft, half way
+back and the models made from the base also at T .85. The last two are the settings that
+bench/laws.py found best for a tuned model, of ours and of stock vLLM's. Half way back, which makes
+few errors at them, also writes stories with `words` at 1. With `--base-answers`, the base model
+makes no new ones.
     stories     eight answers to each of 32 prompts that no model was tuned on, measured as in
                 bench/real.py, next to stories by people to prompts that none was tuned on
     IFEval      the share of prompts all of whose instructions are followed
@@ -18,8 +19,9 @@ of ours and of stock vLLM's. Half way back, which makes few errors at them, also
 Each model also scores human text:
     bits per byte, and perplexity per token, of people's stories that none was tuned on and of
     books (books/heldout)
-Everything is compared with the collapsed start, paired by prompt, question or text, except for SDS,
-whose differences treat answers as independent. Intervals are 95 %.
+Each model is compared with the collapsed start, and those made from the base model with that,
+paired by prompt, question or text, except for SDS, whose differences treat answers as independent.
+Intervals are 95 %.
 The last line is one JSON document; the answers are stored in results/texts/headline.jsonl.xz.
 """
 
@@ -37,7 +39,16 @@ from typing import Any
 import click
 import headline_models
 import numpy as np
-from headline_models import BASE, HALF_WAY_BACK, MODELS, SFT, START, stories
+from headline_models import (
+    BASE,
+    HALF_WAY_BACK,
+    HALF_WAY_FROM_BASE,
+    MODELS,
+    SFT,
+    SFT_FROM_BASE,
+    START,
+    stories,
+)
 from model_option import model_option
 from numpy.typing import NDArray
 from real import PEOPLE, RESULTS, Checks, by_setting, rounded, texts_of
@@ -79,7 +90,10 @@ ASKED: Mapping[str, Sequence[str]] = {
     WORDS: (STORIES,),
 }
 """Prompt sets by setting; each setting has its own engine."""
-ASKED_ONLY_OF = {SLIGHTLY_COOL: (SFT, HALF_WAY_BACK), WORDS: (HALF_WAY_BACK,)}
+ASKED_ONLY_OF = {
+    SLIGHTLY_COOL: (SFT, HALF_WAY_BACK, SFT_FROM_BASE, HALF_WAY_FROM_BASE),
+    WORDS: (HALF_WAY_BACK,),
+}
 """The methods whose models are asked with a setting; of other settings, all."""
 BOOK_CHARACTERS = 1500
 """Characters of each book that are scored, from its middle on."""
@@ -128,14 +142,17 @@ def main(
         "versions": versions("vllm", "transformers", "harper-py"),
         "seeds": seeds,
         "texts": trained_on(folder) | {"measure": len(stories()["measure"])},
-        "stories": story_rows(given),
+        "compared_with": {name: each.start for name, each in models.items()},
+        "stories": story_rows(given, models),
         "accuracy": {
-            "ifeval": shares(followed(models)),
+            "ifeval": shares(followed(models), models),
             "mmlu": shares(
-                {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()}
+                {name: [a == b for a, b in pairs] for name, pairs in answer_letters.items()},
+                models,
             ),
             "mmlu_unreadable": shares(
-                {name: [a is None for a, _ in pairs] for name, pairs in answer_letters.items()}
+                {name: [a is None for a, _ in pairs] for name, pairs in answer_letters.items()},
+                models,
             ),
         },
         "bits_per_byte": {source: each["bits_per_byte"] for source, each in likelihoods.items()},
@@ -155,6 +172,8 @@ class Model:
     answers: Path
     asked: Mapping[str, Sequence[str]]
     """Prompt sets by setting."""
+    start: str
+    """The name of the model that it is compared with."""
 
     @classmethod
     def of(cls, method: str, place: Path, answers: Path) -> "Model":
@@ -163,7 +182,8 @@ class Model:
             for setting, sets in ASKED.items()
             if method in ASKED_ONLY_OF.get(setting, (method,))
         }
-        return cls(place, answers, asked)
+        start = BASE if method in (SFT_FROM_BASE, HALF_WAY_FROM_BASE) else START
+        return cls(place, answers, asked, start)
 
 
 def models_in(folder: Path, base: Path, seeds: Sequence[int]) -> dict[str, Model]:
@@ -240,8 +260,16 @@ def answer_rows(answers: Mapping[str, Sequence[Answer]]) -> Iterator[dict[str, A
 # ── Stories ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """Rows as in bench/real.py, and the difference of each to the start without the field."""
+def start_row(row: str, models: Mapping[str, Model]) -> str:
+    """The row that a row is compared with: its model's start without the field."""
+    name, _, _setting = row.partition(", ")
+    return f"{models[name].start}, {STOCK}"
+
+
+def story_rows(
+    answers: Mapping[str, Sequence[Answer]], models: Mapping[str, Model]
+) -> dict[str, Any]:
+    """Rows as in bench/real.py, and the difference of each to its start without the field."""
     asked = prompt_set(STORIES, data_folder())
     checks = Checks(reference.build(stories()["measure"]))
     rows = {
@@ -249,14 +277,15 @@ def story_rows(answers: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
         for name, given in answers.items()
         for setting, found in by_setting(given, STORIES).items()
     }
-    start = rows[f"{START}, {STOCK}"]
     return {
         "prompts": len(asked.prompts),
         "answers_to_each": asked.answers,
         PEOPLE: rounded(checks.of_people(len(asked.prompts))),
         "rows": {name: rounded(row) for name, row in rows.items()},
         "to_start": {
-            name: rounded({key: difference(start[key], row[key]) for key in row})
+            name: rounded(
+                {key: difference(rows[start_row(name, models)][key], row[key]) for key in row}
+            )
             for name, row in rows.items()
         },
     }
@@ -277,15 +306,14 @@ def followed(models: Mapping[str, Model]) -> dict[str, list[bool]]:
     return found
 
 
-def shares(rows: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    """The share of each row, and the exact p of the hypothesis that it equals the start's without
+def shares(rows: Mapping[str, Sequence[bool]], models: Mapping[str, Model]) -> dict[str, Any]:
+    """The share of each row, and the exact p of the hypothesis that it equals its start's without
     the field."""
-    start = rows[f"{START}, {STOCK}"]
     return {
         name: {
             **share(found),
             "count": len(found),
-            "p_to_start": round(mcnemar(start, found), 5),
+            "p_to_start": round(mcnemar(rows[start_row(name, models)], found), 5),
         }
         for name, found in rows.items()
     }
@@ -319,7 +347,7 @@ def nats_of(model: Model, texts: Sequence[str]) -> list[NDArray]:
 
 def likelihood(models: Mapping[str, Model], texts: Sequence[str]) -> dict[str, Any]:
     """Bits per byte and perplexity per token of the texts under each model, and the ratio of each
-    to the start's. The models share a tokenizer, so their perplexities can be compared."""
+    to its start's. The models share a tokenizer, so their perplexities can be compared."""
     scored = {name: nats_of(model, texts) for name, model in models.items()}
     nats = {name: np.array([nats_T.sum() for nats_T in each]) for name, each in scored.items()}
     bytes_N = np.array([len(text.encode()) for text in texts])
@@ -338,11 +366,13 @@ def likelihood(models: Mapping[str, Model], texts: Sequence[str]) -> dict[str, A
 
     return {
         "bits_per_byte": {
-            name: with_ratio(ratio(nats_N, bytes_N * np.log(2)), ratio(nats_N, nats[START]))
+            name: with_ratio(
+                ratio(nats_N, bytes_N * np.log(2)), ratio(nats_N, nats[models[name].start])
+            )
             for name, nats_N in nats.items()
         },
         "perplexity": {
-            name: with_ratio(perplexity(nats_N), perplexity(nats_N - nats[START]))
+            name: with_ratio(perplexity(nats_N), perplexity(nats_N - nats[models[name].start]))
             for name, nats_N in nats.items()
         },
     }

@@ -20,6 +20,11 @@ Each method then tunes the start for one epoch on the same human stories:
     half way        the mean of the weights of sft and of the start (WiSE-FT, arXiv 2109.01903)
     half way back   the mean of the weights of sft and of `--model`, which dft uses as well
 
+Two start from `--model` itself instead:
+
+    sft from base       as sft
+    half way from base  the mean of the weights of sft from base and of `--model`
+
 λ, β and the learning rate were not searched. The human stories are split by their beginning, as
 stories with the same beginning share a prompt: into training, held-out and measuring stories (for
 bench/headline.py). Texts are cut off by their file or by WORDS, so the loss excludes the
@@ -57,6 +62,7 @@ from dftserve.train.interpolate import interpolate
 from dftserve.train.run import train
 
 BASE, START, SFT, HALF_WAY_BACK = "base", "start", "sft", "half way back"
+SFT_FROM_BASE, HALF_WAY_FROM_BASE = "sft from base", "half way from base"
 WORDS = 250
 """Words that are kept of each answer that the start is tuned on."""
 LONGEST = 384
@@ -75,6 +81,7 @@ class Way:
     matching: FeatureMatchingConfig | None = None
     folds: int | None = None
     """Number of students that the recipe loads, if any."""
+    start: str = START
 
 
 WAYS: Mapping[str, Way] = {
@@ -85,8 +92,13 @@ WAYS: Mapping[str, Way] = {
     "dft n-grams": Way("creative", DivergenceConfig(target_weight=0.3)),
     "gem": Way(PLAIN, DivergenceConfig(name="gem", temperature=0.7)),
     "sft features": Way(PLAIN, DivergenceConfig(name="sft"), FeatureMatchingConfig()),
+    SFT_FROM_BASE: Way(PLAIN, DivergenceConfig(name="sft"), start=BASE),
 }
-MEANS: Mapping[str, Sequence[str]] = {"half way": (SFT, START), HALF_WAY_BACK: (SFT, BASE)}
+MEANS: Mapping[str, Sequence[str]] = {
+    "half way": (SFT, START),
+    HALF_WAY_BACK: (SFT, BASE),
+    HALF_WAY_FROM_BASE: (SFT_FROM_BASE, BASE),
+}
 MODELS = (START, *WAYS, *MEANS)
 BEGINNING = 6
 """Words by which stories of one prompt are recognised; a prompt in the data may include the start
@@ -247,7 +259,8 @@ def make(name: str, base: Path, folder: Path, seed: int, texts: int | None = Non
         sides = {"train": documents(islice(model_answers(data_folder()), texts), tokenizer)}
         start_targets = targets(folder / "targets-start", WAYS[SFT], sides, base)
         return tune(base, place.parent, start_targets, WAYS[SFT], epochs=2, seed=0)
-    start, way = make(START, base, folder, seed, texts), WAYS[name]
+    way = WAYS[name]
+    start = make(way.start, base, folder, seed, texts)
     parts = ("train", "heldout")
     sides = {part: documents(islice(human_stories(part), texts), tokenizer) for part in parts}
     target_folder = folder / f"targets-{name.replace(' ', '-')}"

@@ -51,16 +51,17 @@ def models(document: Mapping[str, Any]) -> str:
         f"row of a model, {accuracy['ifeval'][f'{START}, {STOCK}']['count']} prompts of IFEval, "
         f"{accuracy['mmlu'][f'{START}, {STOCK}']['count']} questions of MMLU, of which a share of "
         f"the answers is unreadable. The start was tuned on {texts['start']} answers of one model, "
-        f"the models made from it on {texts['train']} people's stories; {texts['measure']} other "
-        f"stories by people are for comparison. 95 % intervals. {TOO_SHORT}"
+        f"the models made from it or from the base on {texts['train']} people's stories; "
+        f"{texts['measure']} other stories by people are for comparison. 95 % intervals. "
+        f"{TOO_SHORT}"
     )
     return table(f"| {' | '.join(columns)} |", rows, caption)
 
 
 def targets(document: Mapping[str, Any]) -> str:
-    """What each model made from the start reaches of each target, by setting."""
-    made = [name for name in document["bits_per_byte"]["stories"] if name not in (BASE, START)]
-    columns = ["compared with the start", *COLUMNS]
+    """What each tuned model reaches of each target, by setting."""
+    made = [name for name in document["compared_with"] if name not in (BASE, START)]
+    columns = ["compared with the start, or for models from the base with that", *COLUMNS]
     rows = [["target", *(target for target, _ in COLUMNS.values())]]
     rows += (
         [f"{model}, {setting}", *(cell(document, model, setting) for _, cell in COLUMNS.values())]
@@ -99,6 +100,11 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def start_row(document: Mapping[str, Any], model: str) -> str:
+    """The row of the model that a model is compared with, without the field."""
+    return f"{document['compared_with'][model]}, {STOCK}"
+
+
 def share_of_peoples_sds(document: Mapping[str, Any], model: str, setting: str) -> str:
     story = document["stories"]
     share = story["rows"][f"{model}, {setting}"]["sds"]["value"] / story[PEOPLE]["sds"]["value"]
@@ -106,19 +112,19 @@ def share_of_peoples_sds(document: Mapping[str, Any], model: str, setting: str) 
 
 
 def phrases(document: Mapping[str, Any], model: str, setting: str) -> str:
-    """The distance to people's rate, as a share of the start's distance."""
+    """The distance to people's rate, as a share of the distance that its start has."""
     story = document["stories"]
     people = story[PEOPLE]["phrases"]["value"]
     rows = story["rows"]
     own = rows[f"{model}, {setting}"]["phrases"]["value"] - people
-    start = rows[f"{START}, {STOCK}"]["phrases"]["value"] - people
+    start = rows[start_row(document, model)]["phrases"]["value"] - people
     return f"{abs(own / start):.2f}"
 
 
 def accuracy(document: Mapping[str, Any], model: str, setting: str, task: str) -> str:
     """The relative change, and the p of no change; empty if the setting was not asked the task."""
     rows = document["accuracy"][task]
-    own, start = rows.get(f"{model}, {setting}"), rows[f"{START}, {STOCK}"]
+    own, start = rows.get(f"{model}, {setting}"), rows[start_row(document, model)]
     if own is None:
         return ""
     return f"{100 * (own['value'] / start['value'] - 1):+.0f} % (p {own['p_to_start']:.2f})"

@@ -62,7 +62,7 @@ def test_the_answer_is_trained_on_without_its_end(tokenizer):
 def test_likelihoods_are_computed_once_for_the_same_texts(tmp_path, tokenizer, monkeypatch):
     save_model(tmp_path, 64)
     tokenizer.save_pretrained(tmp_path)
-    model = headline.Model(tmp_path, tmp_path / "answers", {})
+    model = headline.Model(tmp_path, tmp_path / "answers", {}, headline.START)
     texts = ["w10 w11 w12", "w20 w21"]
     found = headline.nats_of(model, texts)
     assert [len(nats_T) for nats_T in found] == [3, 2]
