@@ -31,9 +31,7 @@ def check_writable(folder: Path) -> None:
         OSError: the folder, or the nearest of its parents that exists, is not a folder, or this
             process may not write to it.
     """
-    nearest = folder
-    while not os.path.lexists(nearest) and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise NotADirectoryError(
             f"{folder} cannot be made: Not a directory: {nearest}; choose another folder."
@@ -43,6 +41,13 @@ def check_writable(folder: Path) -> None:
             f"{folder} cannot be written: Permission denied, or a read-only disk: {nearest}; "
             "choose another folder."
         )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists; a broken link exists."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,23 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dftserve import cpu
+from dftserve import atomic, cpu
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.data import ReadCounts
+from dftserve.train.disk import OPTIMIZER_BYTES, free_bytes, needed_bytes, size_text
 from dftserve.train.feature_matching import FeatureMatching
 from dftserve.train.head import CHUNK_ELEMENTS
 from dftserve.train.material import Material, cut_text, steps_of, steps_of_epoch
 from dftserve.train.model import enable_checkpointing
 from dftserve.train.prepare import matching_of, prepare
 from dftserve.train.target_weight import of_first_candidate, probe_steps
-
-OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adafactor": 0, "sgd": 0}
-"""Optimizer state per trained parameter: AdamW has two float32 moments, Adafactor one per row and
-column, SGD none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +95,8 @@ class TrainPlan:
     """The logits of one chunk and their gradient."""
     disk_bytes: int
     """Checkpoints to resume from, and the final one."""
+    free_disk_bytes: int
+    """Where the output is, or will be."""
 
     @property
     def memory_bytes(self) -> int:
@@ -113,17 +113,16 @@ class TrainPlan:
             "steps": f"{self.steps:,}, {self.tokens:,} tokens" + self._probes_text(),
             "time": f"{_clock(self.seconds)} at {self.seconds_per_step:.2f} s a step, measured "
             "on one batch; without evaluation and saving",
-            "memory": f"{_size(self.memory_bytes)}: process {_size(self.process_bytes)}, weights "
-            f"{_size(self.weights_bytes)}{self._network_text()}, gradients "
-            f"{_size(self.gradient_bytes)}, optimizer "
-            f"{_size(self.optimizer_bytes)}, activations {_size(self.activation_bytes)}, head "
-            f"{_size(self.head_bytes)}",
+            "memory": f"{size_text(self.memory_bytes)}: process {size_text(self.process_bytes)}, "
+            f"weights {size_text(self.weights_bytes)}{self._network_text()}, gradients "
+            f"{size_text(self.gradient_bytes)}, optimizer {size_text(self.optimizer_bytes)}, "
+            f"activations {size_text(self.activation_bytes)}, head {size_text(self.head_bytes)}",
             "precision": f"weights {self.weights}, computed in {self.precision}",
-            "disk": f"{_size(self.disk_bytes)} at most",
+            "disk": f"{size_text(self.disk_bytes)} at most; {size_text(self.free_disk_bytes)} free",
         }
         if self.weights == "bf16":
             lines["host"] = (
-                f"{_size(4 * self.parameters)} for the weights in float32, as they are checked "
+                f"{size_text(4 * self.parameters)} for the weights in float32, as they are checked "
                 "before the run and merged after it"
             )
         if self.not_packed_because is not None:
@@ -137,7 +136,7 @@ class TrainPlan:
     def _network_text(self) -> str:
         if not self.network_bytes:
             return ""
-        return f", those before the run {_size(self.network_bytes)}"
+        return f", those before the run {size_text(self.network_bytes)}"
 
     def _rows_text(self) -> str:
         epoch = (
@@ -161,7 +160,9 @@ def plan_of(config: TrainConfig) -> TrainPlan:
 
     Raises:
         ValueError: as `train` would.
+        OSError: the output cannot be made or written to.
     """
+    atomic.check_writable(Path(config.output))
     prepared = prepare(of_first_candidate(config))
     material, model = prepared.material, prepared.loaded.model
     is_auto = config.divergence.target_weight == AUTO
@@ -182,7 +183,6 @@ def plan_of(config: TrainConfig) -> TrainPlan:
     )
     epochs = steps / steps_of_epoch(config, material)
     device = _device_of(model)
-    whole, optimizer_bytes = 4 * sum(parameters), OPTIMIZER_BYTES[config.optim] * trained
     kept = sum(value.numel() * value.element_size() for value in model.parameters())
     return TrainPlan(
         parameters=sum(parameters),
@@ -207,32 +207,12 @@ def plan_of(config: TrainConfig) -> TrainPlan:
         weights_bytes=kept,
         network_bytes=kept if matching is not None and config.lora is None else 0,
         gradient_bytes=4 * trained,
-        optimizer_bytes=optimizer_bytes,
+        optimizer_bytes=OPTIMIZER_BYTES[config.optim] * trained,
         activation_bytes=activations,
         head_bytes=2 * 4 * CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]),
-        disk_bytes=_disk_bytes(
-            config, whole, 4 * trained, optimizer_bytes, prepared.tokenizer_bytes
-        ),
+        disk_bytes=needed_bytes(config, model, prepared.tokenizer_bytes),
+        free_disk_bytes=free_bytes(config.output),
     )
-
-
-def _disk_bytes(
-    config: TrainConfig, whole: int, trained: int, optimizer: int, tokenizer: int
-) -> int:
-    """The checkpoints to resume from and the final one. With adapters the former have no other
-    weights, and the latter has the adapters besides the merged weights.
-
-    Args:
-        whole, trained: bytes of all weights and of the trained ones, in float32.
-    """
-    kept = _most_checkpoints(config) * (trained + optimizer + tokenizer)
-    return kept + whole + tokenizer + (0 if config.lora is None else trained)
-
-
-def _most_checkpoints(config: TrainConfig) -> int:
-    """Checkpoints to resume from at one time: those kept and the one that is being written. With
-    `patience`, the best is kept in addition to the newest."""
-    return max(config.keep, 1 if config.patience is None else 2) + 1
 
 
 def _device_of(model: Any) -> str:
@@ -304,15 +284,6 @@ def _stores(
             material.stores, material.train.parts, read_counts, strict=True
         )
     )
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.3g} {unit}"
 
 
 def _clock(seconds: float) -> str:

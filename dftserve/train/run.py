@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from dftserve.spec import FINAL
-from dftserve.train import final_checkpoint, processes, target_weight
+from dftserve.train import disk, final_checkpoint, processes, target_weight
 from dftserve.train.config import AUTO, TrainConfig
 from dftserve.train.final_checkpoint import whole_model
 from dftserve.train.prepare import (
@@ -75,6 +75,8 @@ def _train(config: TrainConfig, folder: RunFolder, output: Path) -> Path:
     resume, tried = folder.resume_state()
     if resume is not None:
         processes.print_once(f"Going on from {resume}.")
+    elif not tried:
+        disk.warn_if_short(config, prepared.loaded.model, prepared.tokenizer_bytes)
     if config.divergence.target_weight == AUTO:
         # Every candidate loads the model again, and memory may be enough for only one model.
         prepared_with = partial(

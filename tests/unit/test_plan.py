@@ -86,6 +86,21 @@ def test_disk_includes_the_weights_once_if_only_adapters_are_trained(config):
     assert plan_of(replace(config, keep=3)).disk_bytes > 5 * weights
 
 
+def test_the_free_disk_is_that_of_the_output(config):
+    plan = plan_of(replace(config, output=str(Path(config.output) / "not" / "made")))
+    assert plan.free_disk_bytes > 0
+    assert re.search(
+        r"^disk +[\d.e+]+ \w+ at most; [\d.e+]+ \w+ free$", plan.as_text(), re.MULTILINE
+    )
+    assert not Path(config.output).exists()
+
+
+def test_an_output_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="cannot be made"):
+        plan_of(replace(config, output=str(tmp_path / "file" / "run")))
+
+
 def test_gpu_memory_excludes_that_of_the_process(config, monkeypatch):
     monkeypatch.setattr(plans, "_device_of", lambda model: "cuda")
     assert plan_of(config).process_bytes == 0

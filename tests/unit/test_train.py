@@ -12,6 +12,7 @@ import weakref
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from dftserve.settings import SYNONYMS
 from dftserve.spec import CheckpointInfo
 from dftserve.targets.store import TargetStore
 from dftserve.train import config as configs
-from dftserve.train import run_folder
+from dftserve.train import disk, run_folder
 from dftserve.train.config import SCHEDULES, DivergenceConfig, LoraConfig, TrainConfig
 from dftserve.train.data import Collator, Rows, cut_documents, pack
 from dftserve.train.divergences import DIVERGENCES, SFT, ForwardKL, TargetRows
@@ -462,6 +463,17 @@ def test_the_best_checkpoint_is_final_if_the_last_is_worse(run, keep):
     assert made["steps"] == state["best_global_step"], "the steps that made these weights"
     assert Path(state["best_model_checkpoint"]).is_dir()
     assert last.name == "checkpoint-8", "a stopped run continues from the newest one"
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_run_warns_if_the_disk_has_less_than_it_may_need(run, monkeypatch, capsys, missing):
+    needed = plan_of(run).disk_bytes
+    usage = SimpleNamespace(free=needed - missing)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    final = train(run)
+    assert ("Warning: this run may need" in capsys.readouterr().err) is bool(missing)
+    written = sum(path.stat().st_size for path in final.parent.rglob("*") if path.is_file())
+    assert written < needed
 
 
 def test_a_resumed_run_ends_in_the_same_weights(run, tmp_path):
