@@ -6,6 +6,7 @@ library only.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def has_only(folder: Path, names: Collection[str]) -> bool:
 
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written to, before the work whose result it is for.
-    Makes nothing. A disk may refuse it later for other reasons, such as a lack of space.
+    Leaves nothing. A disk may refuse it later for other reasons, such as a lack of space.
 
     Raises:
         OSError: the folder, or the nearest of its parents that exists, is not a folder, or this
@@ -36,11 +37,14 @@ def check_writable(folder: Path) -> None:
         raise NotADirectoryError(
             f"{folder} cannot be made: Not a directory: {nearest}; choose another folder."
         )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{folder} cannot be written: Permission denied, or a read-only disk: {nearest}; "
-            "choose another folder."
-        )
+    try:
+        # By trying: permissions alone do not tell, for root or on a read-only file system.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written: {error.strerror}: {nearest}; choose another folder."
+        ) from None
 
 
 def nearest_existing(path: Path) -> Path:

@@ -75,9 +75,14 @@ def read_command(line: str) -> Command:
     """Parse one typed line.
 
     Raises:
-        ValueError: a slash that is not followed by one of our commands.
+        ValueError: a slash that is not followed by one of our commands, or a line that was not
+            UTF-8.
     """
     line = line.strip()
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        raise ValueError("this line is not UTF-8, and was not sent; convert the input.") from None
     if not line.startswith("/"):
         return Command("say", line)
     name, _, text = line[1:].partition(" ")
@@ -168,6 +173,8 @@ class Chat:
                 if command.name == "quit":
                     break
                 getattr(self, f"_{command.name}")(command.text)
+            except BrokenPipeError:
+                raise  # Nobody reads the answers any longer.
             except (ValueError, OSError, RuntimeError) as error:
                 click.secho(f"{error}", fg="red", err=True)
                 all_done = False
@@ -290,8 +297,10 @@ def _line_end() -> Iterator[None]:
 
 def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        # Not `yield from sys.stdin`, which closes stdin with this generator, at /quit.
-        yield from iter(sys.stdin.readline, "")
+        # Bytes, so that a line in another encoding fails alone, whatever the locale is. Not `yield
+        # from`, which closes stdin with this generator, at /quit.
+        for line in iter(sys.stdin.buffer.readline, b""):
+            yield line.decode(errors="surrogateescape")
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - adds line editing to input()

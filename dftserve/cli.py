@@ -18,7 +18,15 @@ from typing import Any
 import click
 
 from dftserve import __version__
-from dftserve.commandline import Group, api_key_of, key_option, model_of, usage_errors
+from dftserve.commandline import (
+    Group,
+    api_key_of,
+    html_option,
+    key_option,
+    model_of,
+    out_option,
+    usage_errors,
+)
 from dftserve.evaluate.cli import evaluate
 from dftserve.styles.cli import style
 
@@ -273,7 +281,7 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own."
         ),
-        click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path)),
+        out_option,
         click.option(
             "--set",
             "values",
@@ -388,9 +396,7 @@ def target_students(values: tuple[str, ...], training: tuple[str, ...], folds: i
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", help="Decodes the examples, as for build. Default: token ids.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page."
-)
+@html_option
 def target_inspect(folder: Path, model: str | None, as_json: bool, html: Path | None) -> None:
     """Show what the target store FOLDER contains."""
     with usage_errors():
@@ -477,7 +483,7 @@ def checkpoint_verify(folder: Path) -> None:
 @click.argument("tuned")
 @click.argument("other")
 @click.option("--share", default=0.5, show_default=True, help="Of TUNED, above 0 and below 1.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@out_option
 def checkpoint_interpolate(tuned: str, other: str, share: float, out: Path) -> None:
     """Write a model between TUNED and OTHER to DIR: each weight is SHARE times that of TUNED plus
     1 - SHARE times that of OTHER.
@@ -499,7 +505,7 @@ def checkpoint_interpolate(tuned: str, other: str, share: float, out: Path) -> N
 @checkpoint.command("scale")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--strengths", default=".25,.5,.75,1", show_default=True, metavar="NUMBERS")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@out_option
 def checkpoint_scale(adapter: Path, strengths: str, out: Path) -> None:
     """Write the LoRA ADAPTER at several strengths to DIR, as separate adapters."""
     from dftserve.adapter_strengths import flags, scale

@@ -13,7 +13,36 @@ from typing import IO, Any
 
 import click
 
-from dftserve import __version__
+from dftserve import __version__, atomic
+
+
+def writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """A callback of options that name an output, whose type is a `click.Path` of a file or of a
+    folder: refuses, before any work, what cannot be written."""
+    if path is not None:
+        is_file = isinstance(param.type, click.Path) and param.type.file_okay
+        try:
+            atomic.check_writable(path.parent if is_file else path)
+        except OSError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+    return path
+
+
+out_option = click.option(
+    "--out",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=writable,
+    metavar="DIR",
+)
+
+html_option = click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=writable,
+    metavar="FILE",
+    help="Also write an HTML page.",
+)
 
 key_option = click.option(
     "--api-key-env",
@@ -25,6 +54,7 @@ key_option = click.option(
 plots_option = click.option(
     "--plots",
     type=click.Path(file_okay=False, path_type=Path),
+    callback=writable,
     metavar="DIR",
     help="Also write the report's plots as PNG files: pip install 'dftserve[plots]'.",
 )

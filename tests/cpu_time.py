@@ -1,26 +1,31 @@
-"""The CPU time of a call, for tests that tell linear from quadratic algorithms."""
+"""The cost of a call, for tests that tell linear from quadratic algorithms."""
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 TRIES = 3
 
 
-def least_seconds(call: Callable[[], object]) -> float:
-    """The least CPU seconds that one of TRIES calls takes.
-
-    Load on the machine does not count. The least, because a try may also pay for cold caches; and
-    without the garbage collector, which visits every object that other tests have left: in a whole
-    run of the tests one collection takes a second.
-    """
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """A collection visits every object that other tests have left, which takes a second in a whole
+    run of the tests, and calls the callbacks of other packages, such as hypothesis's."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        return min(_seconds(call) for _ in range(TRIES))
+        yield
     finally:
         if collects:
             gc.enable()
+
+
+def least_seconds(call: Callable[[], object]) -> float:
+    """The least CPU seconds that one of TRIES calls takes: load on the machine does not count, and
+    cold caches count in one of them only."""
+    with without_garbage_collection():
+        return min(_seconds(call) for _ in range(TRIES))
 
 
 def _seconds(call: Callable[[], object]) -> float:

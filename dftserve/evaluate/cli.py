@@ -9,7 +9,15 @@ from pathlib import Path
 import click
 
 from dftserve.bounded_files import parse_json
-from dftserve.commandline import answers_bar, key_option, model_of, plots_option, usage_errors
+from dftserve.commandline import (
+    answers_bar,
+    key_option,
+    model_of,
+    out_option,
+    plots_option,
+    usage_errors,
+    writable,
+)
 
 
 class _RunByDefault(click.Group):
@@ -39,7 +47,7 @@ def evaluate() -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
 @click.option("--prompts", required=True, type=click.Path(path_type=Path), help=".txt or .jsonl.")
 @click.option("--anchors", required=True, type=click.Path(path_type=Path), help="Human anchors.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@out_option
 @click.option("--grid", default="0,.25,.5,.75,1", show_default=True, metavar="DIVERSITIES")
 @click.option("--samples", type=int, default=8, show_default=True, help="Answers to each prompt.")
 @click.option("--max-tokens", type=int, default=1024, show_default=True)
@@ -118,7 +126,9 @@ def evaluate_compare(a: Path, b: Path, as_json: bool) -> None:
 
 @evaluate.command("accuracy")
 @click.argument("url")
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), callback=writable
+)
 @click.option("--data", type=click.Path(path_type=Path), help="Default: DFTSERVE_DATA/accuracy.")
 @click.option("--grid", default="0,.5,1", show_default=True, metavar="DIVERSITIES")
 @click.option("--tasks", default="mmlu,gsm8k,humaneval", show_default=True)
@@ -175,7 +185,7 @@ def evaluate_drift(before: Path, after: Path, card: Path | None) -> None:
 @evaluate.command("benchmark", context_settings={"ignore_unknown_options": True})
 @click.argument("model", metavar="MODEL_OR_URL")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@out_option
 @click.option("--data", type=click.Path(path_type=Path), help="Default: DFTSERVE_DATA.")
 @click.option("--tasks", default="story,essay,e2e", show_default=True, help="Names or files.")
 @click.option("--grid", default="0,.25,.5,.75,1", show_default=True, metavar="DIVERSITIES")
@@ -290,7 +300,9 @@ def blind() -> None:
 @blind.command("page")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--human", required=True, type=click.Path(path_type=Path), help="Human answers.")
-@click.option("--html", required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--html", required=True, type=click.Path(dir_okay=False, path_type=Path), callback=writable
+)
 @click.option("--diversity", type=float, default=0.0, show_default=True, help="Level of the grid.")
 @click.option("--words", type=int, default=120, show_default=True, help="Words of each text.")
 @click.option("--question", default="person", show_default=True, help="person or preference.")
@@ -337,7 +349,7 @@ def evaluate_anchors() -> None:
 
 @evaluate_anchors.command("build")
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@out_option
 @click.option("--words", type=int, default=120, show_default=True, help="Words of each window.")
 @click.option("--pieces", type=int, default=1, show_default=True, help="Windows per long work.")
 @click.option("--seed", type=int, default=0, show_default=True)

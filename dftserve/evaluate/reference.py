@@ -163,7 +163,7 @@ def load(folder: Path) -> Anchors:
         ValueError: the folder has no anchors, they have another format or were changed, or this
             version computes other scores from them.
     """
-    written = "a folder that `dftserve evaluate anchors` wrote"
+    written = "a folder that `dftserve evaluate anchors build` wrote"
     try:
         about = read_json(folder / FILE, within=folder, largest=LARGEST)
     except FileError as error:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from dftserve.commandline import answers_bar, key_option, model_of, plots_option, usage_errors
+from dftserve.commandline import (
+    answers_bar,
+    html_option,
+    key_option,
+    model_of,
+    out_option,
+    plots_option,
+    usage_errors,
+)
 
 
 @click.group()
@@ -22,7 +30,7 @@ def style() -> None:
     required=True,
     help="A folder, a .gguf file, or a name on the hub. Only the tokenizer is read.",
 )
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@out_option
 @click.option(
     "--answers",
     type=click.Path(path_type=Path),
@@ -88,9 +96,7 @@ def style_build(false_discoveries: float, most: int, **options) -> None:
 @style.command("inspect")
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--json", "in_json", is_flag=True, help="One JSON document.")
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write an HTML page."
-)
+@html_option
 @plots_option
 def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path | None) -> None:
     """Show the contents of the style profile in the folder PROFILE, and the rounds of its fit."""
@@ -115,7 +121,7 @@ def style_inspect(profile: Path, in_json: bool, html: Path | None, plots: Path |
 @click.argument("serve_flags", nargs=-1, type=click.UNPROCESSED, metavar="[ANY vLLM FLAG]...")
 @click.option("--profile", required=True, type=click.Path(path_type=Path))
 @click.option("--prompts", required=True, type=click.Path(path_type=Path), help=".txt or .jsonl.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path))
+@out_option
 @click.option("--rounds", type=int, default=3, show_default=True)
 @click.option(
     "--anchors", type=click.Path(path_type=Path), help="To report measures that are not fitted."

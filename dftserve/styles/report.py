@@ -330,11 +330,18 @@ def _about(summary: Summary) -> list[str]:
         f"{model['prompts']:,} prompts, and {human['words']:,} words of {human['texts']:,} texts "
         "by people.",
         f"Automaton: {sizes['states']:,} states and {sizes['entries']:,} entries of "
-        f"{sizes['patterns']:,} tokenisations. It finds {recall['recall']:.1%} of "
-        f"{recall['searched']:,} occurrences in texts that it was not built from; "
-        f"{recall['precision']:.1%} of its matches are occurrences.",
+        f"{sizes['patterns']:,} tokenisations. {_recall_text(recall)}",
         f"Strength {summary.strength:g}; the tilt costs at most {summary.max_kl:g} nats per token.",
     ]
+
+
+def _recall_text(recall: Mapping[str, Any]) -> str:
+    if not recall["searched"]:
+        return "None of them occurs in texts that it was not built from: its recall is unknown."
+    return (
+        f"It finds {recall['recall']:.1%} of {recall['searched']:,} occurrences in texts that it "
+        f"was not built from; {recall['precision']:.1%} of its matches are occurrences."
+    )
 
 
 def _habit_lines(summary: Summary) -> list[str]:

@@ -300,7 +300,9 @@ class TrainConfig:
         if not 0 < self.epochs <= 1e6:
             raise ValueError(f"epochs: got {self.epochs}; accepted: above 0, to a million.")
         if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate: got {self.learning_rate}; accepted: between 0 and 1.")
+            raise ValueError(
+                f"learning_rate: got {self.learning_rate}; accepted: above 0, below 1."
+            )
 
     @property
     def stores(self) -> tuple[StoreConfig, ...]:

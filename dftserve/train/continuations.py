@@ -183,11 +183,20 @@ def sample(
     """Continuations int64 [B, K, S, G], drawn from the model's distribution at temperature 1.
 
     The text is read once; each step then reads one token of every continuation.
+
+    Raises:
+        ValueError: the model's states are not finite.
     """
     rows, anchors = layout.places_BK.shape
     cache, dtype = DynamicCache(), model.model.dtype
     text = layout.inputs(text_BN, slice(0, layout.tokens), dtype)
     hidden_BND = model.states_with_cache(cache, **text).hidden_BND
+    # On a GPU, drawing from NaN would end the process with an error of CUDA.
+    if not bool(hidden_BND.isfinite().all()):
+        raise ValueError(
+            "feature_matching: the model's states are not finite. Lower learning_rate, or look for "
+            "a damaged model."
+        )
     place_BX = layout.places_BK.repeat_interleave(layout.samples, dim=1)
     hidden_BXD = _gather(hidden_BND.reshape(rows, layout.tokens, -1), place_BX)
     drawn_GBX: list[Tensor] = []

@@ -217,10 +217,15 @@ class FeatureMatching:
         # A surrogate with the gradient of the estimate: Σ (r − b)·(−ln p), a mean over anchors and
         # samples; times T, because the divergence that it is added to is a sum over tokens.
         scale = settings.weight * trained / (len(anchors) * settings.samples)
-        weights_BKS[anchors.is_real_BK] = scale * rewards_less_baselines(samples_KSF, text_KF)
+        # In float32 also where the forwards are in bfloat16: a reward is a difference of products
+        # that are nearly equal.
+        with torch.autocast(text_BN.device.type, enabled=False):
+            rewards_KS = rewards_less_baselines(samples_KSF, text_KF)
+            distance = distances(samples_KSF, text_KF).mean()
+        weights_BKS[anchors.is_real_BK] = scale * rewards_KS
         inputs = {
             "anchors_BK": anchors.places_BK,
             "continuations_BKSG": drawn_BKSG,
             "weights_BKS": weights_BKS,
         }
-        return Matched(inputs, distances(samples_KSF, text_KF).mean() * trained)
+        return Matched(inputs, distance * trained)

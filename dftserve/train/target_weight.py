@@ -3,6 +3,7 @@ NLL after a short run of each candidate."""
 
 import gc
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,11 @@ def choose(
 
 
 def _probe(config: TrainConfig, material: Material, steps: int) -> dict[str, Any]:
-    """The held-out human NLL after a short run, in total and (nats, tokens) of each batch."""
+    """The held-out human NLL after a short run, in total and (nats, tokens) of each batch.
+
+    Raises:
+        ValueError: the NLL is not finite; the same in every process.
+    """
     probe = replace(config, steps=steps, evaluate_every=1 << 30, patience=None, report_to="none")
     set_seed(config.seed)
     loaded = cast_frozen_weights(load_model(probe, material), probe)
@@ -66,6 +71,11 @@ def _probe(config: TrainConfig, material: Material, steps: int) -> dict[str, Any
     trainer.args.save_strategy = "no"
     trainer.train()
     nll = trainer.evaluate()[f"eval_{HUMAN_NLL}"]
+    if not math.isfinite(nll):
+        raise ValueError(
+            f"target_weight {config.divergence.target_weight:g}: the held-out NLL is {nll} after "
+            f"{steps} steps. Lower learning_rate, or look for a damaged model."
+        )
     result = {HUMAN_NLL: nll, "batches": trainer.batch_nll}
     if len(material.stores) > 1:
         result["stores"] = trainer.batches_of_stores

@@ -284,6 +284,30 @@ def test_a_subject_with_too_few_examples_is_refused(data, tmp_path):
         lm_eval.prepare("mmlu", data, tmp_path, limit=None, samples=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mmlu_test", {"answer": 4}),
+        ("mmlu_test", {"answer": -1}),
+        ("mmlu_test", {"answer": True}),
+        ("mmlu_dev", {"answer": "A"}),
+        ("mmlu_test", {"choices": ["one", "two", "three"]}),
+        ("mmlu_test", {"choices": "four"}),
+        ("mmlu_dev", {"question": " "}),
+        ("mmlu_test", {"subject": None}),
+        ("gsm8k_test", {"answer": "3"}),
+        ("gsm8k_train", {"answer": 3}),
+    ],
+)
+def test_a_row_that_is_not_a_question_is_named_with_its_line(data, tmp_path, name, change):
+    """Otherwise lm-eval fails on it after the server was asked, or scores another choice."""
+    path = data / f"{name}.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, json.dumps(json.loads(rest[0]) | change), *rest[1:]]))
+    with pytest.raises(ValueError, match=rf"{name}.jsonl, line 2: got .*; accepted: objects of"):
+        lm_eval.prepare(name.partition("_")[0], data, tmp_path, limit=None, samples=1)
+
+
 # Requests
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -302,6 +303,36 @@ def test_the_key_comes_from_the_named_variable():
     server = Server(STORY)
     talk(server, "A", options=["--api-key-env", "MY_KEY"], environment={"MY_KEY": "secret\n"})
     assert server.keys == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_in_another_encoding_fails_alone(capsys, monkeypatch, errors):
+    """Whatever the locale says of the pipe."""
+    server = Server(STORY)
+    lines = io.TextIOWrapper(io.BytesIO(b"A\ncaf\xe9\nB\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", lines)
+    with serving(server) as url, pytest.raises(SystemExit) as ended:
+        main(["chat", "--url", f"{url}/v1"])
+    assert ended.value.code == 1
+    assert "this line is not UTF-8, and was not sent" in capsys.readouterr().err
+    assert [messages[-1] for _, messages in sent(server)] == ["A", "B"]
+
+
+def test_a_closed_output_ends_the_conversation(monkeypatch):
+    """The rest of a pipe's lines are not sent: nobody would read the answers."""
+    server = Server(STORY)
+
+    echo = click.echo
+
+    def until_the_answer(message=None, *args, nl=True, **kwargs):
+        if not nl:
+            raise BrokenPipeError
+        echo(message, *args, **kwargs)
+
+    monkeypatch.setattr(click, "echo", until_the_answer)
+    with serving(server) as url:
+        CliRunner().invoke(main, ["chat", "--url", f"{url}/v1"], input="A\nB\nC\n")
+    assert len(server.bodies) == 1
 
 
 # Before the conversation

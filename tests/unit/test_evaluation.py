@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -578,14 +579,15 @@ def test_the_score_does_not_depend_on_the_order_of_the_answers(anchors, instrume
 
 @pytest.mark.long
 def test_a_thousand_texts_of_five_hundred_words(tmp_path, record_values):
-    """In a minute and 2 GB, by the cost that the report has; in separate processes."""
+    """In a minute of CPU time and 2 GB; in separate processes."""
     for step in ("build", "measure"):
         code = f"from tests.unit.test_evaluation import {step}; {step}({str(tmp_path)!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
-    cost = json.loads((tmp_path / "result.json").read_text())["cost"]
-    record_values(seconds=cost["seconds_scoring"], peak_gigabytes=cost["peak_bytes"] / 1e9)
-    assert cost["seconds_scoring"] < 60
-    assert cost["peak_bytes"] < 2e9
+    peak_bytes = json.loads((tmp_path / "result.json").read_text())["cost"]["peak_bytes"]
+    seconds = float((tmp_path / "seconds").read_text())
+    record_values(seconds=seconds, peak_gigabytes=peak_bytes / 1e9)
+    assert seconds < 60
+    assert peak_bytes < 2e9
 
 
 def build(folder: str) -> None:
@@ -598,7 +600,9 @@ def measure(folder: str) -> None:
     with_ = Instruments(StyleSpace.fit(human.splits["reference"]), read_phrases(), None)
     prompts = tuple(Prompt(f"Prompt {number}") for number in range(1000))
     replies = answers(human_like(1000, 560, seed=1), 0)
+    start = time.process_time()
     found = assess(request_grid(prompts=prompts, grid=(0.0,)), replies, human, "d", with_)
+    (Path(folder) / "seconds").write_text(str(time.process_time() - start))
     assert found.compared == 1000
     (Path(folder) / "result.json").write_text(found.as_json())
 

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from dftserve.lm import LanguageModel
 from dftserve.targets.store import TargetStore
-from dftserve.train import continuations
+from dftserve.train import continuations, feature_matching
 from dftserve.train.config import FeatureMatchingConfig, LoraConfig, TrainConfig
 from dftserve.train.continuations import Anchors, Layout, sample
 from dftserve.train.data import Collator, Rows
@@ -443,6 +444,25 @@ def test_the_mean_distance_estimate_of_a_batch_is_the_distance(store):
     assert abs(z) < stats.norm.isf(FALSE_ALARM / 2)
 
 
+def test_rewards_and_distances_are_computed_in_float32_under_autocast(store, monkeypatch):
+    """Of the same continuations and features, which are near each other: rounded to bfloat16, their
+    products would be equal."""
+    _, matching = tiny_matching(store)
+    unit, text_11F = torch.nn.functional.normalize, torch.full((1, 1, 32), 32**-0.5)
+    near_114F = unit(text_11F[:, :, None] + 0.01 * torch.randn(4, 32), dim=-1)
+    drawn_1142 = torch.zeros(1, 1, 4, 2, dtype=torch.int64)
+    monkeypatch.setattr(feature_matching, "sample", lambda *_: drawn_1142)
+    features = SimpleNamespace(of_continuations=lambda *_: (near_114F, text_11F))
+    anchors = replace(matching.config, every=16)
+    matching = replace(matching, network=features, config=anchors)
+    plain = matching.match(tiny_batch(), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = matching.match(tiny_batch(), 0)
+    assert torch.equal(cast.inputs["weights_BKS"], plain.inputs["weights_BKS"])
+    assert torch.equal(cast.distance, plain.distance)
+    assert plain.inputs["weights_BKS"].unique().numel() == 4
+
+
 # ── Runs ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -454,6 +474,13 @@ def run(base, store, tmp_path) -> TrainConfig:
 
 def weights_of(final: Path) -> dict[str, torch.Tensor]:
     return load_file(final / "model.safetensors")
+
+
+def test_states_that_are_not_finite_are_refused_before_a_token_is_drawn(store):
+    model, matching = tiny_matching(store)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="states are not finite"):
+        matching.match(tiny_batch(), 0)
 
 
 def test_a_run_reports_the_distance_and_its_weights_differ_from_those_without(run, tmp_path):

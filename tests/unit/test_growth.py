@@ -230,7 +230,8 @@ def test_growth_is_detected():
     kept: list[object] = []
     numbers = itertools.count(10**6)
     objects, _ = growth_of(lambda requests: kept.extend([] for _ in range(requests)))
-    assert objects == {"list": 2 * N}
+    assert objects.keys() == {"list"}
+    assert abs(objects["list"] - 2 * N) <= OTHERS
     _, pieces = growth_of(lambda requests: kept.extend(next(numbers) for _ in range(requests)))
     assert not is_less_than_one_a_request(pieces)
 

@@ -1,7 +1,6 @@
 """The host cost of a step does not grow with its rows: Python executes as many instructions, and
 torch as many operations, for 256 rows as for two."""
 
-import gc
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
 from dftserve.sampling import TokenClasses
+from tests.cpu_time import without_garbage_collection
 from tests.styles import stored
 
 CPU = torch.device("cpu")
@@ -60,13 +60,12 @@ def work_of(step, end_step):
         instructions += event == "opcode"
         return trace
 
-    gc.disable()  # A collection would run the callbacks of other packages, such as hypothesis's.
-    sys.settrace(trace)
-    try:
-        step()
-    finally:
-        sys.settrace(former)
-        gc.enable()
+    with without_garbage_collection():
+        sys.settrace(trace)
+        try:
+            step()
+        finally:
+            sys.settrace(former)
     end_step()
     with Operations() as operations:
         step()
@@ -163,7 +162,7 @@ def v2_work(engine, rows, kind, *others, drafts=0):
         expanded_local_pos=offsets,
         pos=1 + offsets.long(),
         input_ids=torch.ones(len(offsets), dtype=torch.int32),
-        seq_lens_upper_bound_np=np.full(rows, 12),
+        seq_lens_upper_bound_np=np.pad(np.full(rows, 12), (0, 3)),  # Of a larger CUDA graph.
     )
     logits_RV = torch.zeros(len(offsets), V)
     found = work_of(lambda: processor.apply(logits_RV, context), lambda: context.pos.add_(1))

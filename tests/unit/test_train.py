@@ -39,6 +39,7 @@ from dftserve.train.prepare import cast_frozen_weights, load_model, make_trainer
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.target_weight import candidates_text, probe_steps
+from dftserve.train.trainer import DFTTrainer
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_config, save_model, save_store, small_model, small_run
 
@@ -692,6 +693,16 @@ def test_weights_that_held_out_text_cannot_distinguish_are_reported(run, capsys)
     divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.00001, 0.9))
     train(replace(run, divergence=divergence, steps=9, evaluate_every=90))
     assert "not significantly different from 1e-05" in capsys.readouterr().err
+
+
+def test_a_candidate_whose_held_out_text_has_no_likelihood_is_refused(run, monkeypatch):
+    """Not taken, which the least of NaN and a number may do, and not written."""
+    nothing = {"eval_human_nll": math.nan}
+    monkeypatch.setattr(DFTTrainer, "evaluate", lambda *_, **__: nothing)
+    divergence = DivergenceConfig(target_weight="auto", candidates=(0.0, 0.9), probe_steps=1)
+    with pytest.raises(ValueError, match="target_weight 0: the held-out NLL is nan after 1 step"):
+        train(replace(run, divergence=divergence))
+    assert not (Path(run.output) / "weights.json").exists()
 
 
 def test_candidates_scored_on_different_batches_are_refused(run):

@@ -21,6 +21,7 @@ from dftserve import atomic
 from dftserve.bounded_files import json_rows, lines, shaped_as
 from dftserve.evaluate.accuracy.compare import Answered, level_text
 from dftserve.evaluate.accuracy.grade import NO_CONTENT
+from dftserve.evaluate.accuracy.questions import has_text, shown
 from dftserve.evaluate.generate.client import Served
 from dftserve.openai_client import NO_KEY, key_of
 
@@ -178,9 +179,9 @@ def mmlu(data: Path) -> Iterator[dict[str, Any]]:
         ValueError: a subject has too few examples.
     """
     shots: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in read(data / "mmlu_dev.jsonl"):
+    for row in read(data / "mmlu_dev.jsonl", is_mmlu, MMLU_ACCEPTED):
         shots[row["subject"]].append(row)
-    for number, row in enumerate(read(data / "mmlu_test.jsonl")):
+    for number, row in enumerate(read(data / "mmlu_test.jsonl", is_mmlu, MMLU_ACCEPTED)):
         if len(shots[row["subject"]]) < MMLU_SHOTS:
             raise ValueError(
                 f"{data / 'mmlu_dev.jsonl'}: got {len(shots[row['subject']])} questions of "
@@ -191,19 +192,49 @@ def mmlu(data: Path) -> Iterator[dict[str, Any]]:
 
 def gsm8k(data: Path) -> Iterator[dict[str, Any]]:
     """The questions of GSM8K, each with the same examples."""
-    shots = read(data / "gsm8k_train.jsonl")[:GSM8K_SHOTS]
-    for number, row in enumerate(read(data / "gsm8k_test.jsonl")):
+    shots = read(data / "gsm8k_train.jsonl", is_gsm8k, GSM8K_ACCEPTED)[:GSM8K_SHOTS]
+    for number, row in enumerate(read(data / "gsm8k_test.jsonl", is_gsm8k, GSM8K_ACCEPTED)):
         yield {**row, "id": f"gsm8k/{number}", "shots": shots}
 
 
 PREPARED: Mapping[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"mmlu": mmlu, "gsm8k": gsm8k}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file. Raises ValueError for a line that is not an object."""
+MMLU_ACCEPTED = (
+    'objects of JSON with "subject" and "question", texts, "choices", four texts, and "answer", '
+    "the index of the right one, from 0 to 3"
+)
+GSM8K_ACCEPTED = (
+    'objects of JSON with "question" and "answer", texts; the latter ends with "####" and a number'
+)
+
+
+def is_mmlu(row: Mapping[str, Any]) -> bool:
+    choices, answer = row.get("choices"), row.get("answer")
+    return (
+        has_text(row, "subject", "question")
+        and isinstance(choices, list)
+        and [type(each) for each in choices] == [str] * 4
+        and type(answer) is int  # A bool is an int too.
+        and 0 <= answer < 4
+    )
+
+
+def is_gsm8k(row: Mapping[str, Any]) -> bool:
+    return has_text(row, "question", "answer") and "####" in row["answer"]
+
+
+def read(
+    path: Path, is_question: Callable[[Mapping[str, Any]], bool], accepted: str
+) -> list[dict[str, Any]]:
+    """The questions of a .jsonl file.
+
+    Raises:
+        ValueError: a line is not a question.
+    """
     rows = []
     for where, row in json_rows(lines(path, largest=LARGEST, longest=LARGEST_LINE), path):
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: accepted: an object.")
+        if not (isinstance(row, dict) and is_question(row)):
+            raise ValueError(f"{where}: got {shown(row)}; accepted: {accepted}.")
         rows.append(row)
     return rows

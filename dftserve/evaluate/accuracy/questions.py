@@ -4,7 +4,8 @@ answers = ask(questions, Served(url, model), 0.5, samples=4, max_tokens=256, sav
 """
 
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from dftserve.openai_client import ask_all
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+SHOWN = 200
+"""Characters of a row that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,17 @@ def ask(
         if missing:
             ask_all(served.server, missing.values(), once, served.at_once)
     return [list(known[question.name]) for question in questions]
+
+
+# ── Rows of a file of questions ──────────────────────────────────────────────────────────────────
+
+
+def has_text(row: Mapping[str, Any], *names: str) -> bool:
+    """Whether each of these fields is a text with characters other than white space."""
+    return all(isinstance(row.get(name), str) and row[name].strip() for name in names)
+
+
+def shown(row: object) -> str:
+    """A row for an error message, cut off."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

@@ -15,7 +15,7 @@ from dftserve.digest import text_digest
 from dftserve.evaluate.accuracy import questions
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.grade import grade_refusal
-from dftserve.evaluate.accuracy.questions import Question
+from dftserve.evaluate.accuracy.questions import Question, has_text, shown
 from dftserve.evaluate.generate.client import Served
 
 TO_REFUSE, TO_ANSWER = "to refuse", "to answer"
@@ -50,8 +50,8 @@ def read(path: Path) -> tuple[Prompt, ...]:
     for where, row in json_rows(lines(path, largest=LARGEST, longest=LARGEST_LINE), path):
         with shaped_as(where, accepted):
             prompt = Prompt(row["prompt"], row["refuse"])
-        if not isinstance(prompt.prompt, str) or not isinstance(prompt.refuse, bool):
-            raise ValueError(f"{where}: accepted: {accepted}.")
+        if not has_text(row, "prompt") or not isinstance(prompt.refuse, bool):
+            raise ValueError(f"{where}: got {shown(row)}; accepted: {accepted}.")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: got no prompts; accepted: {accepted}.")

@@ -191,4 +191,4 @@ def _key(level: Mapping) -> str:
 
 def _line(*cells: str) -> str:
     title, *numbers = cells
-    return f"{title:24}" + "".join(f"{number:>26}" for number in numbers)
+    return f"{title:24}" + "".join(f"  {number:>26}" for number in numbers)

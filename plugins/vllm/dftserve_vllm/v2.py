@@ -158,7 +158,8 @@ class V2Processor(LogitsProcessor):
             ctx.expanded_local_pos.to(torch.int32),
             slots=slots,
             most_rows=self._most_rows(ctx, len(slots)),
-            longest_text=int(ctx.seq_lens_upper_bound_np[has_dry_B].max()),
+            # vLLM pads this array to the size of a CUDA graph; the batch comes first.
+            longest_text=int(ctx.seq_lens_upper_bound_np[: len(has_dry_B)][has_dry_B].max()),
         )
 
     def _most_rows(self, ctx: LogitsContext, requests: int) -> int:
