@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -316,10 +317,12 @@ def running(
         RuntimeError: it ended, or did not answer in time; with the last lines of its log.
     """
     _refuse_address(flags)
-    port = _free_port()
-    listen = ["--host", HOST, "--port", str(port)]
-    command = launch(model, [*flags, *listen], default_diversity=default_diversity)
-    with tempfile.NamedTemporaryFile() if log is None else open(log, "wb") as output:
+    with (
+        held_port() as port,
+        tempfile.NamedTemporaryFile() if log is None else open(log, "wb") as output,
+    ):
+        listen = ["--host", HOST, "--port", str(port)]
+        command = launch(model, [*flags, *listen], default_diversity=default_diversity)
         process = subprocess.Popen(
             command.argv,
             env=_environment({**(env or {}), **command.environment}),
@@ -344,10 +347,23 @@ def _refuse_address(flags: Sequence[str]) -> None:
             )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free loopback port, which on Linux is given to no other socket until the block ends.
+
+    A server started in the block can listen on it if it sets `SO_REUSEADDR`, as vLLM and most
+    servers do. It may bind the port only after a minute of imports, in which other processes ask
+    the system for free ports.
+    """
+    with socket.socket() as holder:
+        # Bound without listening: Linux then lets a socket that sets this option bind the same
+        # port by its number, and gives it to no socket that asks for any free port.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind((HOST, 0))
+        port = holder.getsockname()[1]
+        if sys.platform != "linux":
+            holder.close()  # Elsewhere the server could not bind it.
+        yield port
 
 
 def _environment(added: Mapping[str, str]) -> dict[str, str]:
@@ -375,8 +391,9 @@ def _names_model(flag: str) -> bool:
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, timeout: float, log: Path) -> None:
-    """Wait until the server answers. The one that answers may be another server, which took the
-    port after `_free_port` released it; ours then ends because the port is taken."""
+    """Wait until the server answers. The one that answers may be another server, which was given
+    the same port by its number, or took it where `held_port` cannot hold it; ours then ends because
+    the port is taken."""
     url, deadline = f"http://{HOST}:{port}/health", time.monotonic() + timeout
     while not (_answers(url) and _listens(process, port)):
         if (code := process.poll()) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.serve import _free_port
+from dftserve.serve import held_port
 from tests.local_server import listening
 
 
@@ -28,10 +28,12 @@ def version() -> str:
 @contextlib.contextmanager
 def before(upstream: str, buffering: str, place: Path) -> Iterator[str]:
     """Run it with `proxy_buffering` on or off and all its files in `place`; yields its address."""
-    port, config = _free_port(), place / "nginx.conf"
-    config.write_text(_configuration(upstream, buffering, port, place))
-    with listening([command(), "-c", config, "-e", "stderr"], port, place / "nginx.log") as url:
-        yield url
+    config = place / "nginx.conf"
+    run = [command(), "-c", config, "-e", "stderr"]
+    with held_port() as port:
+        config.write_text(_configuration(upstream, buffering, port, place))
+        with listening(run, port, place / "nginx.log") as url:
+            yield url
 
 
 def _configuration(upstream: str, buffering: str, port: int, place: Path) -> str:

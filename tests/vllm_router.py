@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dftserve.serve import _free_port
+from dftserve.serve import held_port
 from tests.conftest import ROOT
 from tests.local_server import listening
 
@@ -19,9 +19,9 @@ def before(upstream: str, place: Path) -> Iterator[str]:
     command = ENVIRONMENT / "bin" / "vllm-router"
     if not command.exists():
         pytest.skip(f"no {command}: run `make clients-env`")
-    port, metrics = _free_port(), _free_port()
-    options = ["--host=127.0.0.1", f"--port={port}", f"--worker-urls={upstream}"]
-    options += ["--prometheus-host=127.0.0.1", f"--prometheus-port={metrics}"]
-    # It listens once its server is healthy.
-    with listening([command, *options], port, place / "router.log") as url:
-        yield url
+    with held_port() as port, held_port() as metrics:
+        options = ["--host=127.0.0.1", f"--port={port}", f"--worker-urls={upstream}"]
+        options += ["--prometheus-host=127.0.0.1", f"--prometheus-port={metrics}"]
+        # It listens once its server is healthy.
+        with listening([command, *options], port, place / "router.log") as url:
+            yield url

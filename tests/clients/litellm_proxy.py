@@ -93,11 +93,11 @@ def configuration(upstream: str, listed: list[Way]) -> dict[str, Any]:
 @contextlib.contextmanager
 def proxy(upstream: str, listed: list[Way], folder: Path) -> Iterator[str]:
     """The URL of a running proxy."""
-    config, port = folder / "proxy.yaml", free_port()
+    config = folder / "proxy.yaml"
     config.write_text(json.dumps(configuration(upstream, listed)))
     command = [Path(sys.executable).with_name("litellm"), "--config", config]
     environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    with (folder / "proxy.log").open("wb") as log:
+    with held_port() as port, (folder / "proxy.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdout=log,
@@ -112,10 +112,13 @@ def proxy(upstream: str, listed: list[Way], folder: Path) -> Iterator[str]:
             process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """As dftserve.serve.held_port, which the clients' environment lacks."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def wait_until_alive(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

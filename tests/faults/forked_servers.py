@@ -54,19 +54,19 @@ class ForkedServers:
         Raises:
             RuntimeError: it ended before it answered; with the last lines of its log.
         """
-        port = serve._free_port()
-        address = ("--host", serve.HOST, "--port", str(port))
-        order = {"argv": ["vllm", "serve", str(model), *flags, *address], "log": str(log)}
-        assert self._process.stdin is not None
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        started = Started(f"http://{serve.HOST}:{port}", self._read_number(), log)
-        try:
-            _wait(started)
-            yield started
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.process_id, signal.SIGKILL)
-            self._read_number()
+        with serve.held_port() as port:
+            address = ("--host", serve.HOST, "--port", str(port))
+            order = {"argv": ["vllm", "serve", str(model), *flags, *address], "log": str(log)}
+            assert self._process.stdin is not None
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+            started = Started(f"http://{serve.HOST}:{port}", self._read_number(), log)
+            try:
+                _wait(started)
+                yield started
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(started.process_id, signal.SIGKILL)
+                self._read_number()
 
     def _read_number(self) -> int:
         assert self._process.stdout is not None

@@ -4,9 +4,8 @@ import importlib
 import os
 import random
 import signal
-import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dftserve.serve import held_port
 from dftserve.targets import on_ray, store
 from dftserve.targets.document import Document
 from dftserve.targets.on_ray import Cluster
@@ -276,14 +276,13 @@ def test_invalid_engines_are_refused(tmp_path, novels, model, engine):
 
 
 @pytest.fixture
-def unused_port(monkeypatch, tmp_path) -> int:
+def unused_port(monkeypatch, tmp_path) -> Iterator[int]:
     """A port on which nothing listens; no cluster of this machine can be found."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "ray-tmp"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    with held_port() as port:
+        yield port
 
 
 @pytest.mark.parametrize("how", ["--engine", "RAY_ADDRESS", "ray_current_cluster"])

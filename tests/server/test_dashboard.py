@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from dftserve.serve import _free_port
+from dftserve.serve import held_port
 from tests.client import chat_body, gather
 from tests.conftest import KEY, PATIENCE, ROOT, Engine
 
@@ -43,22 +43,23 @@ def prometheus(engine: Engine, folder) -> Iterator[httpx.Client]:
     }
     file = folder / "prometheus.yaml"
     file.write_text(yaml.safe_dump(configuration))
-    address = f"127.0.0.1:{_free_port()}"
     command = [str(PROMETHEUS), f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
-    command += [f"--web.listen-address={address}", "--log.level=error"]
-    process = subprocess.Popen(command)
-    try:
-        with httpx.Client(
-            base_url=f"http://{address}", timeout=PATIENCE, trust_env=False
-        ) as client:
-            while not is_ready(client):
-                assert process.poll() is None, "Prometheus has ended"
-                time.sleep(0.5)
-            wait_for(client, "timestamp(up)")
-            yield client
-    finally:
-        process.terminate()
-        process.wait()
+    with held_port() as port:
+        address = f"127.0.0.1:{port}"
+        command += [f"--web.listen-address={address}", "--log.level=error"]
+        process = subprocess.Popen(command)
+        try:
+            with httpx.Client(
+                base_url=f"http://{address}", timeout=PATIENCE, trust_env=False
+            ) as client:
+                while not is_ready(client):
+                    assert process.poll() is None, "Prometheus has ended"
+                    time.sleep(0.5)
+                wait_for(client, "timestamp(up)")
+                yield client
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def is_ready(client: httpx.Client) -> bool:

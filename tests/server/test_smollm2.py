@@ -9,6 +9,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from dftserve.demo.run import serve_flags
 from dftserve.serve import Server, running
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.long
 PROMPT = [{"role": "user", "content": "Describe a stranger who comes to town."}]
@@ -26,14 +27,14 @@ def server(smollm2_folder, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("smollm2") / "server.log"
     environment = {"OMP_NUM_THREADS": "1"}
     with running(
-        str(smollm2_folder), *serve_flags(), env=environment, log=log, timeout=600
+        str(smollm2_folder), *serve_flags(), env=environment, log=log, timeout=PATIENCE
     ) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def client(server) -> OpenAI:
-    return OpenAI(base_url=server.url, api_key="EMPTY", timeout=600, max_retries=0)
+    return OpenAI(base_url=server.url, api_key="EMPTY", timeout=PATIENCE, max_retries=0)
 
 
 def test_chat_with_four_choices_reports_each(client, server):
@@ -91,7 +92,7 @@ def test_500_seeds_at_once_leave_the_engine_alive(server, record_values):
     """Some tens of them end stock vLLM 0.32 if the prompts do not all fit into one step."""
 
     async def ask_all() -> list[tuple[int, str]]:
-        async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=1200) as client:
+        async with AsyncOpenAI(base_url=server.url, api_key="EMPTY", timeout=PATIENCE) as client:
 
             async def ask(seed: int) -> tuple[int, str]:
                 answer = await client.chat.completions.create(

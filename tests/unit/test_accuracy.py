@@ -476,6 +476,41 @@ def test_a_refused_job_changes_no_file(data, tmp_path, monkeypatch):
     assert contents(folder_of(job.out)) == before
 
 
+def test_a_second_run_is_refused_while_one_has_no_answers_yet(data, tmp_path, monkeypatch):
+    """lm-eval's answers appear only at the end, so only the lock can refuse other settings."""
+    replace_lm_eval(monkeypatch)
+    measure, refused = lm_eval.measure, []
+    with model_server(always_one) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
+
+        def measure_beside_a_second_run(task, folder, served, diversity):
+            before = contents(folder)
+            for changes in ({"temperature": 0.5}, {"limit": 1}, {}):
+                with pytest.raises(ValueError, match=r"out\.json\.parts: another run writes to it"):
+                    run.run(replace(job, **changes), print)
+                refused.append(changes)
+            assert contents(folder) == before
+            return measure(task, folder, served, diversity)
+
+        monkeypatch.setattr(lm_eval, "measure", measure_beside_a_second_run)
+        run.run(job, print)
+        assert len(refused) == 3 * len(job.grid)
+        monkeypatch.setattr(lm_eval, "measure", measure)
+        run.run(job, print)  # The lock has ended with the run.
+    assert json.loads(job.out.read_text())["settings"]["temperature"] == 1
+
+
+def test_a_lock_that_is_a_link_is_refused(data, tmp_path, monkeypatch):
+    replace_lm_eval(monkeypatch)
+    with model_server(always_one) as (url, _):
+        job = Job(url, tmp_path / "out.json", data=data, tasks=("gsm8k",))
+        lock = folder_of(job.out) / "lock"
+        lock.parent.mkdir()
+        lock.symlink_to(data / "gsm8k_test.jsonl")
+        with pytest.raises(ValueError, match=r"lock: got a link.*accepted: a regular file"):
+            run.run(job, print)
+
+
 @pytest.mark.parametrize("name", ["settings.json", "gsm8k-files.json"])
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])
 def test_answers_without_a_valid_record_of_their_source_are_refused(

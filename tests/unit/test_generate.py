@@ -2,11 +2,13 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from dftserve.evaluate.generate.in_force import check
 from dftserve.evaluate.generate.prompts import Prompt
 from dftserve.openai_client import Server
 from dftserve.spec import parse
+from tests.conftest import PATIENCE
 from tests.local_server import in_force, reply, serving
 
 CONCURRENCY = 4
@@ -49,7 +52,6 @@ class FakeServer:
 
     def __init__(
         self,
-        seconds: float = 0.0,
         plugged: bool = True,
         *,
         content: Content | None = None,
@@ -59,15 +61,20 @@ class FakeServer:
         self.cap = cap
         self.request_counts: collections.Counter[str] = collections.Counter()
         self.bodies: list[dict] = []
-        self.seconds, self.plugged = seconds, plugged
+        self.plugged = plugged
         self.content = content or (lambda body: f"{body['messages']} {body['seed']}")
 
     def __call__(self, request) -> None:
+        self.answer(request, self.read(request))
+
+    def read(self, request) -> dict:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         self.request_counts[key] += 1
         self.bodies.append(body)
-        time.sleep(self.seconds)
+        return body
+
+    def answer(self, request, body: dict) -> None:
         choice = {
             "index": 0,
             "finish_reason": "stop",
@@ -140,18 +147,31 @@ run(sys.argv[1], Path(sys.argv[2]))
 
 
 def test_a_killed_run_resumes_without_repeating_answered_requests(tmp_path):
-    server = FakeServer(seconds=0.03)
+    """The server stops answering after 25 of 60 requests; the run is killed while it waits."""
+    speaks_again, places = threading.Event(), itertools.count()
+
+    class Silent(FakeServer):
+        def __call__(self, request) -> None:
+            body = self.read(request)
+            if speaks_again.is_set() or next(places) < 25:
+                self.answer(request, body)
+            else:
+                speaks_again.wait(PATIENCE)
+
+    server = Silent()
     with serving(server) as url:
         process = subprocess.Popen([sys.executable, "-c", KILLED, url, str(tmp_path)])
+        deadline = time.monotonic() + PATIENCE
         try:
-            deadline = time.monotonic() + 120
-            while answered_lines(tmp_path) < 15 and time.monotonic() < deadline:
+            while answered_lines(tmp_path) < 25:
+                assert process.poll() is None, "it has ended"
+                assert time.monotonic() < deadline
                 time.sleep(0.005)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        stored = answered_lines(tmp_path)
-        assert 15 <= stored < 60
+        assert answered_lines(tmp_path) == 25
+        speaks_again.set()
         answers = run(url, tmp_path)
     assert len(answers) == 60
     twice = [key for key, times in server.request_counts.items() if times > 1]

@@ -26,6 +26,7 @@ from dftserve.evaluate.preference.judge import (
 )
 from dftserve.evaluate.preference.pairs import Pair
 from dftserve.openai_client import ServerError
+from tests.conftest import PATIENCE
 from tests.local_server import reply, serving
 
 SHOWN = re.compile(
@@ -315,18 +316,21 @@ def test_a_killed_run_resumes_without_asking_answered_questions_again(tmp_path):
             if speaks:
                 self.answer(request, self.says(*question[1:]))
             else:
-                silent.wait(60)
+                silent.wait(PATIENCE)
 
     fake = Silent(longer)
     with serving(fake) as url:
         command = [sys.executable, "-c", RUN, url + "/v1", str(file)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not file.exists() or file.read_bytes().count(b"\n") < 25:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        deadline = time.monotonic() + PATIENCE
+        try:
+            while not file.exists() or file.read_bytes().count(b"\n") < 25:
+                assert process.poll() is None, "it has ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         with file.open("ab") as torn:
             torn.write(b'{"question": "12')
         silent.set()
@@ -399,7 +403,7 @@ def test_a_judge_that_is_too_slow_is_reported(tmp_path):
     done = threading.Event()
 
     def slow(a, b):
-        done.wait(30)
+        done.wait(PATIENCE)
         return "A"
 
     with judging(slow, timeout_s=0.2) as (_, judge):

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from dftserve.openai_client import Server, ServerError, ask_all, key_of
+from tests.conftest import PATIENCE
 from tests.local_server import reply, serving
 
 JSON = {"Content-Type": "application/json"}
@@ -101,7 +102,7 @@ def test_the_first_error_cancels_the_other_requests():
     def handle(request) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         if body["model"] == "slow":
-            done.wait(60)
+            done.wait(PATIENCE)
         reply(request, 400, b"{}", **JSON)
 
     with serving(handle) as url:

@@ -19,6 +19,7 @@ import pytest
 from dftserve.evaluate.accuracy.isolation import cgroups, sandbox, seccomp
 from dftserve.evaluate.accuracy.isolation.sandbox import STDERR_BYTES, USERS, Limits
 from dftserve.evaluate.accuracy.isolation.sandbox_init import BUBBLEWRAP, OWN
+from tests.conftest import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT, AMPLE = 1.5, 60.0
@@ -62,7 +63,7 @@ def victim(tmp_path, monkeypatch):
     file.write_text("as it was")
     monkeypatch.chdir(tmp_path)
     mounts = Path("/proc/self/mounts").read_text()
-    process = subprocess.Popen(["sleep", "60"])
+    process = subprocess.Popen(["sleep", "infinity"])
     yield process
     assert process.poll() is None
     process.kill()
@@ -99,8 +100,8 @@ def limits_for(end: str) -> Limits:
     return replace(QUICK, seconds=SHORT if end == "timeout" else AMPLE)
 
 
-def wait_until(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -508,7 +509,8 @@ def programs() -> list[str]:
 def test_killing_the_caller_ends_all_processes(namespaces):
     """The next run removes its control group."""
     code = "from dftserve.evaluate.accuracy.isolation import sandbox\n"
-    code += "limits = sandbox.Limits(seconds=60)\n"
+    # Longer than we wait: their own limit must not be what ends them.
+    code += f"limits = sandbox.Limits(seconds={2 * PATIENCE})\n"
     code += f"sandbox.run('while True: pass', limits, namespaces={namespaces!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:

@@ -40,6 +40,7 @@ from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
 from dftserve.train.target_weight import candidates_text, probe_steps
 from dftserve.train.trainer import DFTTrainer
+from tests.conftest import PATIENCE
 from tests.future import no_future_warnings
 from tests.training import FAMILIES, save_config, save_model, save_store, small_model, small_run
 
@@ -217,7 +218,7 @@ def run_processes(processes: int, *command: Path | str, ends: bool = True) -> No
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), *command],
         check=False,
-        timeout=300,
+        timeout=PATIENCE,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
@@ -816,7 +817,7 @@ def test_sigterm_saves_a_checkpoint_and_exits(run, tmp_path):
     assert process.stdout is not None
     assert any("'loss':" in line for line in process.stdout), "it ended before the first step"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     saved = sorted(Path(run.output).glob("checkpoint-*"))
     assert len(saved) == 1

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dftserve.serve import held_port
 from dftserve.train import processes, run_folder
 from dftserve.train.config import FeatureMatchingConfig, StoreConfig, TrainConfig
 from dftserve.train.material import read, steps_of_epoch
 from dftserve.train.run import train
 from dftserve.train.run_folder import RunFolder
+from tests.conftest import PATIENCE
 from tests.training import save_config, save_model, save_sealed, save_store, small_run
 
 OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -218,19 +220,17 @@ def test_torchrun_with_restarts_and_a_shared_store_is_refused(run, monkeypatch):
 # ── Two machines ─────────────────────────────────────────────────────────────────────────────────
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
+@pytest.fixture
+def meeting() -> Iterator[tuple[str, ...]]:
+    """torchrun's flags for agents that meet at a port."""
+    with held_port() as port:
+        yield f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d", "--rdzv-id=run"
 
 
-def train_on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
-    """(exit code, output) of two agents of one process each, which meet at a port."""
-    meeting = (
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=run",
-    )
+def train_on_two_machines(
+    meeting: tuple[str, ...], first: Path, second: Path
+) -> list[tuple[int, str]]:
+    """(exit code, output) of two agents of one process each."""
     agents = [
         start_torchrun("--nnodes=2", "--nproc-per-node=1", *meeting, *TRAIN, settings)
         for settings in (first, second)
@@ -249,11 +249,13 @@ def train_on_two_machines(first: Path, second: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.long
-def test_two_machines_end_in_the_weights_of_two_processes_on_one(run, uninterrupted, tmp_path):
+def test_two_machines_end_in_the_weights_of_two_processes_on_one(
+    run, uninterrupted, tmp_path, meeting
+):
     """On CPUs also with `fsdp`, which has no effect there and says so."""
     config = replace(run, output=str(tmp_path / "run"), fsdp=True)
     settings = save_config(config, tmp_path / "run.yaml")
-    results = train_on_two_machines(settings, settings)
+    results = train_on_two_machines(meeting, settings, settings)
     assert [code for code, _ in results] == [0, 0], results
     assert sum(output.count("does not shard on CPUs") for _, output in results) == 1
     assert_same(weights(config), uninterrupted)
@@ -278,17 +280,14 @@ MACHINE_DIES = """
 
 
 @pytest.mark.long
-def test_a_run_whose_machine_dies_and_returns_ends_in_equal_weights(run, uninterrupted, tmp_path):
+def test_a_run_whose_machine_dies_and_returns_ends_in_equal_weights(
+    run, uninterrupted, tmp_path, meeting
+):
     """The other machine, which hosts the rendezvous, waits for it."""
     script = tmp_path / "dies.py"
     script.write_text(textwrap.dedent(MACHINE_DIES))
     config = replace(run, output=str(tmp_path / "run"))
     command = ("train", save_config(config, tmp_path / "run.yaml"))
-    meeting = (
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "--rdzv-backend=c10d",
-        "--rdzv-id=run",
-    )
     nodes = ("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", *meeting)
     surviving = start_torchrun(*nodes, "--rdzv-conf=is_host=1", script, *command, **OWN_STORES)
     returning = (*nodes, "--rdzv-conf=is_host=0", script, *command)
@@ -303,12 +302,12 @@ def test_a_run_whose_machine_dies_and_returns_ends_in_equal_weights(run, uninter
 
 
 @pytest.mark.long
-def test_a_machine_without_the_targets_is_refused_on_both(run, tmp_path):
+def test_a_machine_without_the_targets_is_refused_on_both(run, tmp_path, meeting):
     """Neither waits for the other until torch's timeout."""
     config = replace(run, output=str(tmp_path / "run"))
     complete = save_config(config, tmp_path / "run.yaml")
     lacking = save_config(replace(config, targets=str(tmp_path / "no")), tmp_path / "other.yaml")
-    for code, output in train_on_two_machines(complete, lacking):
+    for code, output in train_on_two_machines(meeting, complete, lacking):
         assert code != 0
         assert f"{tmp_path / 'no'} does not exist" in output
     assert not Path(config.output).exists()
@@ -331,7 +330,7 @@ def refusals_of_two_processes(
     monkeypatch, *configs: TrainConfig, do: Callable[[TrainConfig], object] = begin_run
 ) -> list[str]:
     """The refusal that each of two processes gets; threads stand in for the processes."""
-    local, barrier, values = threading.local(), threading.Barrier(2, timeout=120), [None, None]
+    local, barrier, values = threading.local(), threading.Barrier(2, timeout=PATIENCE), [None, None]
 
     def gather(value):
         values[local.rank] = json.loads(json.dumps(value))

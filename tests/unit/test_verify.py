@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from dftserve import __version__
 from dftserve.cli import main
 from dftserve.doctor import behaviour
+from tests.conftest import PATIENCE
 from tests.local_server import reply, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +120,7 @@ def test_a_slow_server_can_be_given_longer():
 
     def slow(request):
         if request.command == "POST":
-            done.wait(30)
+            done.wait(PATIENCE)
             return
         content = {"data": [{"id": "demo"}]} if "models" in request.path else CAPABILITIES
         reply(request, 200, json.dumps(content).encode(), **{"Content-Type": "application/json"})

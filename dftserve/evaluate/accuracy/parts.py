@@ -1,9 +1,10 @@
 """The answers that belong to a report, in FILE.parts/, and what they depend on.
 
-    parts = folder_of(Path("accuracy.json"))
-    claim(parts, SETTINGS, asdict(settings), "settings", TASKS)
-    answered = answers_of(parts, "gsm8k", 0.5)
+    with locked(folder_of(Path("accuracy.json"))) as parts:
+        claim(parts, SETTINGS, asdict(settings), "settings", TASKS)
+        answered = answers_of(parts, "gsm8k", 0.5)
 
+lock                locked while a run writes to the folder; empty
 settings.json       `Settings`
 TASK-files.json     digests of the files with the task's questions
 TASK-LEVEL.json     the graded answers to a task at a level
@@ -11,13 +12,14 @@ TASK-LEVEL.jsonl    the raw answers as they arrive, for tasks that do not run in
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dftserve import atomic, settings
-from dftserve.bounded_files import read_json, with_advice
+from dftserve import atomic, lock, settings
+from dftserve.bounded_files import open_growing, read_json, with_advice
 from dftserve.evaluate.accuracy import refusals
 from dftserve.evaluate.accuracy.compare import Answered, level_text
 
@@ -28,7 +30,7 @@ FILES = {
     "refusals": ("refusals.jsonl",),
 }
 """The files that each task reads from the data folder."""
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", "lock"
 REPORT = "a report of `dftserve evaluate accuracy`"
 LARGEST = 1 << 30
 """Maximum size of a report or a file of answers, in bytes."""
@@ -64,6 +66,31 @@ def read_report(path: Path) -> Any:
 def folder_of(report: Path) -> Path:
     """The folder in which a report's answers are stored."""
     return report.with_name(f"{report.name}.parts")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """The folder, created, to which no other run writes meanwhile. Readers need no lock.
+
+    Raises:
+        ValueError: another run writes to it; or the lock is a link, or has content, or cannot be
+            taken.
+        OSError: the folder cannot be created or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_growing(folder / LOCK, largest=0) as file:
+        try:
+            is_locked = lock.take(file)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be locked ({error}); accepted: a folder on a file system with "
+                "locks; choose another file."
+            ) from None
+        if not is_locked:
+            raise ValueError(
+                f"{folder}: another run writes to it; wait for it, or choose another file."
+            )
+        yield folder
 
 
 def files_name(task: str) -> str:

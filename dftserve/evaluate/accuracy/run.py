@@ -82,8 +82,8 @@ def run(job: Job, say: Callable[[str], object]) -> str:
     A task whose files are missing is skipped, with the reason in the report.
 
     Raises:
-        ValueError: no data, no task with its files, a server without the `diversity` field, or
-            parts of another job.
+        ValueError: no data, no task with its files, a server without the `diversity` field, parts
+            of another job, or another run that writes to them.
         RuntimeError: no sandbox for HumanEval, or no lm-eval (found before anything is asked); or
             the server refuses or fails.
     """
@@ -105,25 +105,16 @@ def run(job: Job, say: Callable[[str], object]) -> str:
         job.url, job.model, job.key_variable, **{name: getattr(job, name) for name in names}
     )
     settings = _settings(job, model)
-    files = {task: _digests(task, data) for task in tasks}
-    folder = _claimed_folder(job, settings, files)
-    if parts.first_answers(folder, files) is not None:
-        say(
-            f"{folder} holds answers, which are reused for {model.model}. A server does not report "
-            "whether its weights have changed since; remove the folder to ask again."
-        )
-    asked = {task: _questions(job, task, data, folder) for task in tasks}
-    _check_unchanged(files, data)
-    answers = {
-        task: {
-            level: _part(job, folder, task, asked[task], model, level, say) for level in job.grid
-        }
-        for task in tasks
-    }
-    comparisons = [each for task in tasks for each in compared(task, answers[task])]
-    report = _report(job, settings, comparisons, answers, skipped)
-    report |= {"files": files, "sandbox": confined}
-    atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
+    # Locked until the report is written: lm-eval's answers are saved only when a task has ended,
+    # so until then nothing in the folder refuses a job with other settings.
+    with parts.locked(parts.folder_of(job.out)) as folder:
+        files = {task: _digests(task, data) for task in tasks}
+        _claim(folder, settings, files)
+        answers = _measured(job, data, files, model, folder, say)
+        comparisons = [each for task in tasks for each in compared(task, answers[task])]
+        report = _report(job, settings, comparisons, answers, skipped)
+        report |= {"files": files, "sandbox": confined}
+        atomic.write_text(job.out, json.dumps(report, indent=1) + "\n")
     lines = [f"{task}: skipped: {why}" for task, why in skipped.items()]
     return "\n\n".join([*(each.render() for each in comparisons), *lines])
 
@@ -177,15 +168,36 @@ def _digests(task: str, data: Path) -> dict[str, str]:
     return {name: digest_of(data / name) for name in FILES[task]}
 
 
-def _claimed_folder(job: Job, settings: Settings, files: Mapping[str, Mapping[str, str]]) -> Path:
-    """Create the folder of the parts and claim it for this job. If the claim is refused, nothing
-    that existing answers depend on has changed."""
-    folder = parts.folder_of(job.out)
-    folder.mkdir(parents=True, exist_ok=True)
+def _claim(folder: Path, settings: Settings, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Claim the folder of the parts for this job. If the claim is refused, nothing that existing
+    answers depend on has changed."""
     parts.claim(folder, parts.SETTINGS, asdict(settings), "settings", FILES)
     for task, digests in files.items():
         parts.claim(folder, parts.files_name(task), digests, f"questions of {task}", [task])
-    return folder
+
+
+def _measured(
+    job: Job,
+    data: Path,
+    files: Mapping[str, Mapping[str, str]],
+    model: Served,
+    folder: Path,
+    say: Callable[[str], object],
+) -> dict[str, dict[float, tuple[Answered, ...]]]:
+    """The answers to each task of `files` at each level; those in the folder are reused."""
+    if parts.first_answers(folder, files) is not None:
+        say(
+            f"{folder} holds answers, which are reused for {model.model}. A server does not report "
+            "whether its weights have changed since; remove the folder to ask again."
+        )
+    asked = {task: _questions(job, task, data, folder) for task in files}
+    _check_unchanged(files, data)
+    return {
+        task: {
+            level: _part(job, folder, task, asked[task], model, level, say) for level in job.grid
+        }
+        for task in files
+    }
 
 
 def _check_unchanged(files: Mapping[str, Mapping[str, str]], data: Path) -> None:
