@@ -281,7 +281,13 @@ def _corpus_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--recipe", required=True, metavar="NAME|FILE", help="A shipped one, or your own."
         ),
-        out_option,
+        # A finished store may be on a read-only disk, so the commands check their folders.
+        click.option(
+            "--out",
+            required=True,
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="DIR",
+        ),
         click.option(
             "--set",
             "values",

@@ -287,11 +287,11 @@ def test_metadata_that_differs_from_the_texts_is_refused(folder, edited):
 
 
 def test_a_folder_without_anchors_is_refused(tmp_path, folder):
-    with pytest.raises(ValueError, match="that `dftserve evaluate anchors` wrote"):
+    with pytest.raises(ValueError, match="that `dftserve evaluate anchors build` wrote"):
         reference.load(tmp_path / "none")
     for content in ("", "[]", "{}", '{"format"', "\x00"):
         (folder / "anchors.json").write_text(content)
-        with pytest.raises(ValueError, match="that `dftserve evaluate anchors` wrote"):
+        with pytest.raises(ValueError, match="that `dftserve evaluate anchors build` wrote"):
             reference.load(folder)
 
 

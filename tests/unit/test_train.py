@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from transformers import TrainingArguments
 
-from dftserve import atomic, checkpoint, digest, pretrained
+from dftserve import checkpoint, digest, pretrained
 from dftserve.settings import SYNONYMS
 from dftserve.spec import CheckpointInfo
 from dftserve.targets.store import TargetStore
@@ -42,6 +42,7 @@ from dftserve.train.target_weight import candidates_text, probe_steps
 from dftserve.train.trainer import DFTTrainer
 from tests.conftest import PATIENCE
 from tests.future import no_future_warnings
+from tests.permissions import shut
 from tests.training import FAMILIES, save_config, save_model, save_store, small_model, small_run
 
 pytestmark = no_future_warnings
@@ -975,8 +976,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     (place / "shut").mkdir(parents=True)
     (place / "file").write_text("mine")
     (place / "link").symlink_to(place / "nowhere")
-    # Permissions do not apply to root, who may run the tests.
-    monkeypatch.setattr(atomic.os, "access", lambda path, mode: Path(path).name != "shut")
+    shut(monkeypatch, name="shut")
     monkeypatch.setattr(pretrained, "load", not_called)
     with pytest.raises(OSError, match=message):
         train(replace(run, output=str(place / where)))
