@@ -182,8 +182,7 @@ class Model:
             for setting, sets in ASKED.items()
             if method in ASKED_ONLY_OF.get(setting, (method,))
         }
-        start = BASE if method in (SFT_FROM_BASE, HALF_WAY_FROM_BASE) else START
-        return cls(place, answers, asked, start)
+        return cls(place, answers, asked, headline_models.start_of(method))
 
 
 def models_in(folder: Path, base: Path, seeds: Sequence[int]) -> dict[str, Model]:

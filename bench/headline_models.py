@@ -228,6 +228,12 @@ def settings(model: Path, divergence: DivergenceConfig, *, epochs: int, seed: in
     )
 
 
+def start_of(name: str) -> str:
+    """The model that a model was tuned from; of others, the collapsed start."""
+    tuned = MEANS[name][0] if name in MEANS else name
+    return WAYS[tuned].start if tuned in WAYS else START
+
+
 def label(name: str, seed: int) -> str:
     """The name of a model's folder. Models not tuned on human stories do not depend on the seed."""
     return name if name in (BASE, START) else f"{name} {seed}".replace(" ", "-")

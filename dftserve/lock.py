@@ -51,6 +51,28 @@ def take(file: IO[bytes], *, wait: bool = False) -> bool:
     return True
 
 
+def take_or_refuse(file: IO[bytes], place: object, *, writer: str, output: str) -> None:
+    """Lock the open file that guards `place`, and name what holds it otherwise.
+
+    Args:
+        writer, output: what writes there, and what it writes, for the message: "run", "file".
+
+    Raises:
+        ValueError: another process holds the lock, or it cannot be taken.
+    """
+    try:
+        is_locked = take(file)
+    except OSError as error:
+        raise ValueError(
+            f"{place} cannot be locked ({error}); accepted: another {output}, on a file system "
+            "with locks."
+        ) from None
+    if not is_locked:
+        raise ValueError(
+            f"{place}: another {writer} writes to it; wait for it, or choose another {output}."
+        )
+
+
 @functools.cache
 def _warn_once(why: str) -> None:
     logger.warning(

@@ -185,18 +185,7 @@ class RunFolder:
         if not processes.is_first() or self._is_locked:
             return
         file = closing.enter_context(open_growing(self._folder / LOCK, largest=LARGEST))
-        try:
-            is_locked = lock.take(file)
-        except OSError as error:
-            raise ValueError(
-                f"{self._folder} cannot be locked ({error}); accepted: an output on a file system "
-                "with locks."
-            ) from None
-        if not is_locked:
-            raise ValueError(
-                f"{self._folder}: another training writes to it; wait for it, or choose another "
-                "output."
-            )
+        lock.take_or_refuse(file, self._folder, writer="training", output="output")
         file.truncate(0)
         file.write(self._start_id.encode())
         file.flush()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from dftserve.openai_client import Server
 from dftserve.spec import parse
 from tests.conftest import PATIENCE
 from tests.local_server import in_force, reply, serving
+from tests.waiting import wait_until
 
 CONCURRENCY = 4
 
@@ -161,12 +161,8 @@ def test_a_killed_run_resumes_without_repeating_answered_requests(tmp_path):
     server = Silent()
     with serving(server) as url:
         process = subprocess.Popen([sys.executable, "-c", KILLED, url, str(tmp_path)])
-        deadline = time.monotonic() + PATIENCE
         try:
-            while answered_lines(tmp_path) < 25:
-                assert process.poll() is None, "it has ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
+            wait_until(lambda: answered_lines(tmp_path) >= 25, process)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()

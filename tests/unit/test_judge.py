@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -28,6 +27,7 @@ from dftserve.evaluate.preference.pairs import Pair
 from dftserve.openai_client import ServerError
 from tests.conftest import PATIENCE
 from tests.local_server import reply, serving
+from tests.waiting import wait_until
 
 SHOWN = re.compile(
     r"<prompt (\w+)>\n(?P<prompt>.*?)\n</prompt \1>.*"
@@ -322,12 +322,8 @@ def test_a_killed_run_resumes_without_asking_answered_questions_again(tmp_path):
     with serving(fake) as url:
         command = [sys.executable, "-c", RUN, url + "/v1", str(file)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE
         try:
-            while not file.exists() or file.read_bytes().count(b"\n") < 25:
-                assert process.poll() is None, "it has ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: file.exists() and file.read_bytes().count(b"\n") >= 25, process)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from dftserve.evaluate.accuracy.isolation import cgroups, sandbox, seccomp
 from dftserve.evaluate.accuracy.isolation.sandbox import STDERR_BYTES, USERS, Limits
 from dftserve.evaluate.accuracy.isolation.sandbox_init import BUBBLEWRAP, OWN
 from tests.conftest import PATIENCE
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT, AMPLE = 1.5, 60.0
@@ -98,13 +98,6 @@ def survivors() -> list[str]:
 
 def limits_for(end: str) -> Limits:
     return replace(QUICK, seconds=SHORT if end == "timeout" else AMPLE)
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 ENDS = {

@@ -21,9 +21,10 @@ from dftserve import atomic
 from dftserve.bounded_files import json_rows, lines, shaped_as
 from dftserve.evaluate.accuracy.compare import Answered, level_text
 from dftserve.evaluate.accuracy.grade import NO_CONTENT
-from dftserve.evaluate.accuracy.questions import has_text, shown
+from dftserve.evaluate.accuracy.questions import has_text
 from dftserve.evaluate.generate.client import Served
 from dftserve.openai_client import NO_KEY, key_of
+from dftserve.settings import quoted
 
 TASKS = Path(__file__).parent / "tasks"
 ENVIRONMENT = "DFTSERVE_EVAL_ENV"
@@ -235,6 +236,6 @@ def read(
     rows = []
     for where, row in json_rows(lines(path, largest=LARGEST, longest=LARGEST_LINE), path):
         if not (isinstance(row, dict) and is_question(row)):
-            raise ValueError(f"{where}: got {shown(row)}; accepted: {accepted}.")
+            raise ValueError(f"{where}: got {quoted(row)}; accepted: {accepted}.")
         rows.append(row)
     return rows

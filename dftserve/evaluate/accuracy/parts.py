@@ -79,17 +79,7 @@ def locked(folder: Path) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open_growing(folder / LOCK, largest=0) as file:
-        try:
-            is_locked = lock.take(file)
-        except OSError as error:
-            raise ValueError(
-                f"{folder} cannot be locked ({error}); accepted: a folder on a file system with "
-                "locks; choose another file."
-            ) from None
-        if not is_locked:
-            raise ValueError(
-                f"{folder}: another run writes to it; wait for it, or choose another file."
-            )
+        lock.take_or_refuse(file, folder, writer="run", output="file")
         yield folder
 
 

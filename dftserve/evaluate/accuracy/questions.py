@@ -4,7 +4,6 @@ answers = ask(questions, Served(url, model), 0.5, samples=4, max_tokens=256, sav
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,6 @@ from dftserve.openai_client import ask_all
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
-
-SHOWN = 200
-"""Characters of a row that an error shows."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +107,3 @@ def ask(
 def has_text(row: Mapping[str, Any], *names: str) -> bool:
     """Whether each of these fields is a text with characters other than white space."""
     return all(isinstance(row.get(name), str) and row[name].strip() for name in names)
-
-
-def shown(row: object) -> str:
-    """A row for an error message, cut off."""
-    text = json.dumps(row, ensure_ascii=False)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

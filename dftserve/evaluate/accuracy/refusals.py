@@ -15,8 +15,9 @@ from dftserve.digest import text_digest
 from dftserve.evaluate.accuracy import questions
 from dftserve.evaluate.accuracy.compare import Answered
 from dftserve.evaluate.accuracy.grade import grade_refusal
-from dftserve.evaluate.accuracy.questions import Question, has_text, shown
+from dftserve.evaluate.accuracy.questions import Question, has_text
 from dftserve.evaluate.generate.client import Served
+from dftserve.settings import quoted
 
 TO_REFUSE, TO_ANSWER = "to refuse", "to answer"
 KINDS = (TO_REFUSE, TO_ANSWER)
@@ -51,7 +52,7 @@ def read(path: Path) -> tuple[Prompt, ...]:
         with shaped_as(where, accepted):
             prompt = Prompt(row["prompt"], row["refuse"])
         if not has_text(row, "prompt") or not isinstance(prompt.refuse, bool):
-            raise ValueError(f"{where}: got {shown(row)}; accepted: {accepted}.")
+            raise ValueError(f"{where}: got {quoted(row)}; accepted: {accepted}.")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: got no prompts; accepted: {accepted}.")
